@@ -1,0 +1,1151 @@
+"""PPO with an LSTM policy, and a head that forecasts the next `horizon` observations in one shot.
+
+The data goes one way, and each stage has one place below:
+
+    environment step -> flatten -> Agent.step (one LSTM cell, no gradients) -> Rollout [T, N] (states *before* each step)
+    Rollout -> gae (terminated / truncated, values of final observations) -> advantages, returns [T, N]
+    Rollout -> cut_segments at episode ends and bptt_length -> index and mask [L, S]
+    minibatch of segments -> Agent.unroll (one LSTM call) -> logits and values at real steps -> ppo_loss -> optimizer
+    last rollouts -> Predictor, at steps whose next `horizon` observations are known by now -> predictor_loss -> its optimizer
+
+PPO: Schulman et al. 2017, arXiv 1707.06347. The details that matter: https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/
+Value targets on a moving scale (PopArt): van Hasselt et al. 2016, arXiv 1602.07714. Numbered details: docs/ppo_lstm_predictor.md.
+"""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from gymnasium.spaces import Box, Discrete, MultiDiscrete
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from common.gae import gae
+from common.obs import entry_names, flatten
+
+
+@dataclass
+class Args:
+    # --- run
+    exp_name: str = Path(__file__).stem
+    """name of the experiment, part of the run folder's name"""
+    seed: int = 1
+    """seed of environments, networks and sampling; the same seed gives the same run on one machine"""
+    torch_deterministic: bool = True
+    """ask torch for deterministic algorithms"""
+    cuda: bool = True
+    """use a CUDA device if there is one"""
+    torch_threads: int = 1
+    """threads of torch on the CPU; one is fastest for small recurrent networks"""
+    runs_dir: str = "runs"
+    """folder that holds the run folders"""
+    checkpoint_every: int = 50
+    """updates between checkpoints, each with an evaluation; 0 = only at the end"""
+    resume: str | None = None
+    """a run folder to continue, with its arguments unless others are given"""
+    init_from: str | None = None
+    """a checkpoint whose weights to start from, wherever names and shapes fit"""
+    evaluate: str | None = None
+    """a checkpoint to evaluate, with its arguments unless others are given; no training"""
+    eval_episodes: int = 20
+    """episodes of each evaluation, on seeds that are not trained on"""
+    eval_deterministic: bool = True
+    """evaluate with the most likely action instead of a sampled one"""
+    capture_video: bool = False
+    """record the evaluations' first environment to `videos/` in the run folder"""
+
+    # --- environment
+    env_id: str = "LunarLander-v3"
+    """any Gymnasium id, also `module:Name-v0`, which imports the module first"""
+    env_kwargs: str = "{}"
+    """keyword arguments of `gymnasium.make`, as JSON"""
+    vectorization: Literal["sync", "async"] = "sync"
+    """step the environments in turn, or each in a process of its own (for slow environments)"""
+    visible: tuple[int, ...] | None = None
+    """entries of the flattened observation that the policy sees; None = all. The forecast is of all entries anyway"""
+
+    # --- PPO
+    total_timesteps: int = 500_000
+    """environment steps to train for, over all environments and processes"""
+    learning_rate: float = 1e-3
+    """Adam's step size"""
+    num_envs: int = 16
+    """environments of each process"""
+    num_steps: int = 128
+    """steps of each environment per rollout"""
+    anneal_lr: bool = True
+    """lower the learning rate linearly to 0"""
+    gamma: float = 0.99
+    """discount factor"""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation"""
+    num_minibatches: int = 4
+    """minibatches per epoch; at most num_envs"""
+    update_epochs: int = 4
+    """passes over each rollout"""
+    norm_adv: bool = True
+    """normalise the advantages of each rollout"""
+    clip_coef: float = 0.2
+    """clip range of the probability ratio"""
+    clip_vloss: bool = False
+    """clip the value loss with clip_coef too (values are in units of the returns' standard deviation)"""
+    ent_coef: float = 0.01
+    """weight of the entropy bonus"""
+    vf_coef: float = 0.5
+    """weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """largest norm of the gradient"""
+    target_kl: float | None = None
+    """stop an update after an epoch whose mean approximate KL exceeds this; None = never"""
+
+    # --- recurrence
+    recurrent: bool = True
+    """False replaces the LSTM by a feed-forward layer of the same width"""
+    lstm_hidden: int = 128
+    """width of the LSTM"""
+    lstm_layers: int = 1
+    """layers of the LSTM"""
+    bptt_length: int = 0
+    """steps through which gradients flow; 0 = the whole episode, as far as the rollout holds it"""
+    refresh_states: bool = False
+    """recompute the stored LSTM states with the current weights before each later epoch"""
+
+    # --- predictor
+    predictor: bool = True
+    """train the head that forecasts observations"""
+    horizon: int = 50
+    """steps that it forecasts"""
+    predictor_samples: int | None = None
+    """steps per predictor minibatch, one minibatch per PPO epoch; None = 1024, 512, 256 for horizons up to 10, 50, above"""
+    predictor_learning_rate: float = 1e-3
+    """step size of the predictor's Adam, annealed like PPO's"""
+    predictor_loss_weight: float = 1.0
+    """weight of the predictor's loss where it shares weights with the policy (freeze_extractor off)"""
+    freeze_extractor: bool = True
+    """train the head only, so that PPO is exactly what it is without it; off = its gradient reaches encoder and LSTM"""
+
+
+class InputError(Exception):
+    """The user asked for something that cannot be done; the message is one line."""
+
+
+def check(args: Args) -> None:
+    """Raises InputError, with one clear line, for whatever can be known to fail before any work is done."""
+
+    def need(ok: bool, message: str) -> None:
+        if not ok:
+            raise InputError(message)
+
+    positive = "total_timesteps num_envs num_steps num_minibatches update_epochs torch_threads lstm_hidden lstm_layers"
+    positive += " horizon eval_episodes learning_rate predictor_learning_rate max_grad_norm"
+    for name in positive.split():
+        need(getattr(args, name) > 0, f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
+    for name in "bptt_length checkpoint_every ent_coef vf_coef clip_coef predictor_loss_weight".split():
+        need(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must not be negative, not {getattr(args, name)}")
+    for name in ("gamma", "gae_lambda"):
+        need(0 <= getattr(args, name) <= 1, f"--{name.replace('_', '-')} must be in [0, 1], not {getattr(args, name)}")
+    need(
+        args.num_minibatches <= args.num_envs,
+        f"--num-minibatches {args.num_minibatches} exceeds --num-envs {args.num_envs}",
+    )
+    need(args.predictor_samples is None or args.predictor_samples > 0, "--predictor-samples must be above 0")
+    need(
+        sum(map(bool, (args.resume, args.init_from, args.evaluate))) <= 1,
+        "--resume, --init-from, --evaluate exclude each other",
+    )
+    for path in (args.resume and f"{args.resume}/checkpoint.pt", args.init_from, args.evaluate):
+        need(not path or Path(path).is_file(), f"no checkpoint at {path}")
+    try:
+        env = make_env(args)
+        names, action_space = entry_names(env.observation_space), env.action_space
+        env.close()
+    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
+        raise InputError(f"{args.env_id}: {' '.join(str(error).split())}") from error
+    need(
+        isinstance(action_space, (Box, Discrete, MultiDiscrete)),
+        f"{args.env_id}: no support for actions in {action_space}",
+    )
+    for i in args.visible or ():
+        need(
+            0 <= i < len(names),
+            f"--visible {i}: {args.env_id} has entries 0 to {len(names) - 1}: {' '.join(names[:40])}",
+        )
+    planned, memory = planned_bytes(args, len(names)), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    size = f"{planned / 1e9:.1f} GB for {args.num_envs} x {args.num_steps} steps of {len(names)} entries, horizon {args.horizon}"
+    need(planned < memory, f"buffers need {size}; this machine has {memory / 1e9:.1f} GB")
+    if planned > 1e9:
+        print(f"warning: buffers need {size}", file=sys.stderr)
+
+
+# --- environment
+
+
+def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
+    return gym.make(args.env_id, **({"render_mode": render_mode} if render_mode else {}), **json.loads(args.env_kwargs))
+
+
+def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> gym.vector.VectorEnv:
+    """`num_envs` environments that reset themselves in the step that ends an episode (SAME_STEP); the first one is
+    filmed if there is a `video_dir`."""
+    main_process = os.getpid()
+
+    def make(i: int) -> gym.Env:
+        if os.getpid() != main_process:  # a worker leaves Ctrl-C to the main process, and dies when that says so
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if video_dir and i == 0:
+            return gym.wrappers.RecordVideo(make_env(args, "rgb_array"), str(video_dir), episode_trigger=lambda _: True)
+        return make_env(args)
+
+    makers = [lambda i=i: make(i) for i in range(num_envs)]
+    vector_class = gym.vector.AsyncVectorEnv if args.vectorization == "async" else gym.vector.SyncVectorEnv
+    return vector_class(makers, copy=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+
+
+def env_action(action: Tensor, space: gym.Space) -> np.ndarray:
+    """The agent's actions [N, A] as the environments want them. A Box is scaled from [-1, 1], and clipped, to its
+    bounds; an entry without bounds is left alone."""
+    array = action.cpu().numpy()
+    if isinstance(space, Discrete):
+        return array[:, 0] + space.start
+    array = array.reshape(-1, *space.shape)
+    if isinstance(space, MultiDiscrete):
+        return array + space.start
+    bounded = np.isfinite(space.low) & np.isfinite(space.high)
+    low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
+    return np.where(bounded, low + (np.clip(array, -1, 1) + 1) / 2 * (high - low), array).astype(space.dtype)
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """The sum of x over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+class RunningMeanStd(nn.Module):
+    """Mean and variance of a stream of [M, *shape] batches over all processes, merged as in Chan et al. 1979. Beyond
+    `memory` samples, older ones fade exponentially."""
+
+    def __init__(self, shape: tuple[int, ...], memory: float = math.inf):
+        super().__init__()
+        self.memory = memory
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("var", torch.ones(shape))
+        self.register_buffer("count", torch.zeros(()))
+
+    def update(self, x: Tensor) -> None:
+        count = all_sum(torch.tensor(float(len(x)), device=x.device))
+        mean = all_sum(x.sum(0)) / count
+        var = all_sum(((x - mean) ** 2).sum(0)) / count
+        weight, delta = count / (self.count + count), mean - self.mean
+        self.var += weight * (var - self.var + (1 - weight) * delta**2)
+        self.mean += weight * delta
+        self.count.copy_((self.count + count).clamp(max=self.memory))
+
+    @property
+    def std(self) -> Tensor:
+        return (self.var + 1e-8).sqrt()
+
+    def normalize(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+    def denormalize(self, x: Tensor) -> Tensor:
+        return x * self.std + self.mean
+
+
+# --- network
+
+
+def init_linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Agent(nn.Module):
+    """encoder -> LSTM -> actor and critic, with the running statistics of its inputs and value targets.
+
+    The state [N, 2, layers, H] is the LSTM's (h, c), batch first, so that it is stored and indexed like an observation;
+    without an LSTM it has 0 layers. Values are normalised; `return_stats.denormalize` gives them in units of reward.
+    Distribution parameters [..., P] are logits, side by side for MultiDiscrete, or means then log standard deviations.
+    """
+
+    def __init__(self, obs_size: int, action_space: gym.Space, args: Args):
+        super().__init__()
+        self.layers = args.lstm_layers if args.recurrent else 0
+        self.hidden_size = args.lstm_hidden
+        self.register_buffer("visible", torch.tensor(args.visible or range(obs_size)))
+        self.obs_stats = RunningMeanStd((obs_size,))
+        self.return_stats = RunningMeanStd((), memory=100_000)
+        self.encoder = nn.Sequential(init_linear(len(self.visible), 64, gain=math.sqrt(2)), nn.Tanh())
+        if args.recurrent:
+            self.lstm = nn.LSTM(64, self.hidden_size, self.layers)
+            for name, weight in self.lstm.named_parameters():
+                nn.init.zeros_(weight) if "bias" in name else nn.init.orthogonal_(weight)
+        else:
+            self.mlp = nn.Sequential(init_linear(64, self.hidden_size, gain=math.sqrt(2)), nn.Tanh())
+        num_params = int(np.prod(action_space.shape)) if isinstance(action_space, Box) else sum(choices(action_space))
+        self.log_std = nn.Parameter(torch.full((num_params,), -0.5)) if isinstance(action_space, Box) else None
+        self.actor = init_linear(self.hidden_size, num_params, gain=0.01)
+        self.critic = init_linear(self.hidden_size, 1, gain=1.0)
+
+    def initial_state(self, n: int) -> Tensor:
+        return torch.zeros(n, 2, self.layers, self.hidden_size, device=self.critic.weight.device)
+
+    def normalize_obs(self, obs: Tensor) -> Tensor:
+        return self.obs_stats.normalize(obs).clamp(-10, 10)
+
+    def extractor_parameters(self) -> list[nn.Parameter]:
+        """The weights that the features depend on: encoder and LSTM."""
+        return [weight for name, weight in self.named_parameters() if name.split(".")[0] in ("encoder", "lstm", "mlp")]
+
+    def encode(self, obs: Tensor) -> Tensor:
+        return self.encoder(self.normalize_obs(obs)[..., self.visible])
+
+    def heads(self, features: Tensor, action_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        params = self.actor(features)  # [..., P]
+        if self.log_std is not None:
+            params = torch.cat((params, self.log_std.expand_as(params)), -1)
+        elif action_mask is not None:
+            params = params.masked_fill(~action_mask, torch.finfo(params.dtype).min)
+        return params, self.critic(features).squeeze(-1)
+
+    def step(
+        self, obs: Tensor, state: Tensor, action_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One step: obs [N, D], state [N, 2, layers, H] -> features [N, H], parameters [N, P], values [N], next state."""
+        x = self.encode(obs)
+        if not self.layers:
+            x = self.mlp(x)
+        else:
+            cells = []  # (h, c) of each layer, [N, 2, H]
+            for layer, weights in enumerate(self.lstm.all_weights):
+                cell = torch.lstm_cell(x, (state[:, 0, layer], state[:, 1, layer]), *weights)
+                cells.append(torch.stack(cell, 1))
+                x = cell[0]
+            state = torch.stack(cells, 2)
+        return x, *self.heads(x, action_mask), state
+
+    def unroll(self, obs: Tensor, state: Tensor, action_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """A batch of segments: obs [L, S, D], state [S, 2, layers, H] before their first step -> features [L, S, H],
+        parameters [L, S, P], values [L, S]."""
+        x = self.encode(obs)
+        if not self.layers:
+            x = self.mlp(x)
+        else:
+            h, c = state.permute(1, 2, 0, 3).contiguous()  # each [layers, S, H]
+            x, _ = self.lstm(x, (h, c))
+        return x, *self.heads(x, action_mask)
+
+    @torch.no_grad()
+    def update_statistics(self, obs: Tensor, returns: Tensor) -> None:
+        """Merges obs [M, D] and returns [M], and rescales the critic so that its denormalised values stay the same
+        (detail 8; PopArt, eq. 9)."""
+        mean, std = self.return_stats.mean.clone(), self.return_stats.std
+        self.obs_stats.update(obs)
+        self.return_stats.update(returns)
+        self.critic.weight.mul_(std / self.return_stats.std)
+        self.critic.bias.copy_((std * self.critic.bias + mean - self.return_stats.mean) / self.return_stats.std)
+
+
+def choices(space: gym.Space) -> list[int]:
+    """Numbers of choices of a discrete action: [n], or one for each entry of a MultiDiscrete."""
+    return [int(space.n)] if isinstance(space, Discrete) else [int(n) for n in space.nvec.flat]
+
+
+def sample(params: Tensor, space: gym.Space, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Actions [N, A] and their log-probabilities [N]; without a generator, the most likely actions."""
+    if isinstance(space, Box):
+        mean, log_std = params.chunk(2, -1)
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device) if generator else 0
+        action = mean + log_std.exp() * noise
+    elif generator:
+        parts = [logits.softmax(-1) for logits in params.split(choices(space), -1)]
+        action = torch.cat([torch.multinomial(probs, 1, generator=generator) for probs in parts], -1)
+    else:
+        action = torch.cat([logits.argmax(-1, keepdim=True) for logits in params.split(choices(space), -1)], -1)
+    return action, logprob_entropy(params, action, space)[0]
+
+
+def logprob_entropy(params: Tensor, action: Tensor, space: gym.Space) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies [...] of params [..., P] and actions [..., A]. A Box action is the Gaussian sample
+    before it is scaled and clipped to the bounds: clipping is part of the environment."""
+    if isinstance(space, Box):
+        mean, log_std = params.chunk(2, -1)
+        logprob = -0.5 * ((action - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
+        return logprob.sum(-1), (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+    logprob, entropy = 0, 0
+    for i, logits in enumerate(params.split(choices(space), -1)):
+        logprobs = logits.log_softmax(-1)
+        logprob = logprob + logprobs.gather(-1, action[..., i : i + 1]).squeeze(-1)
+        entropy = entropy - (logprobs.exp() * logprobs).sum(-1)
+    return logprob, entropy
+
+
+# --- rollout and segments
+
+
+class Rollout:
+    """T steps of N environments. Row t of every array [T, N, ...] belongs to step t: what the agent saw and its state
+    *before* the step, what it did, and what came back."""
+
+    def __init__(
+        self, args: Args, agent: Agent, obs_size: int, action_space: gym.Space, masked: bool, device: torch.device
+    ):
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(args.num_steps, args.num_envs, *shape, dtype=dtype, device=device)
+
+        discrete = not isinstance(action_space, Box)
+        self.obs = empty(obs_size)
+        self.start = empty(dtype=torch.bool)  # obs is the first of its episode
+        self.state = empty(2, agent.layers, agent.hidden_size)
+        self.action_mask = empty(sum(choices(action_space)), dtype=torch.bool) if masked else None
+        self.action = empty(int(np.prod(action_space.shape)), dtype=torch.int64 if discrete else torch.float32)
+        self.logprob = empty()
+        self.value = empty()  # in units of reward
+        self.reward = empty()
+        self.terminated = empty(dtype=torch.bool)
+        self.truncated = empty(dtype=torch.bool)
+        self.next_obs = empty(obs_size)  # the true next observation, the last one of an episode included
+        self.advantages, self.returns = empty(), empty()
+
+    @property
+    def done(self) -> Tensor:
+        return self.terminated | self.truncated
+
+
+@dataclass
+class Carry:
+    """Where the environments stand between two rollouts."""
+
+    obs: Tensor  # [N, D]
+    start: Tensor  # [N] bool
+    state: Tensor  # [N, 2, layers, H]
+    action_mask: Tensor | None  # [N, P] bool
+    returns: np.ndarray  # [N] of the running episodes
+    lengths: np.ndarray  # [N]
+
+
+def finite(x: np.ndarray, what: str) -> np.ndarray:
+    if not np.isfinite(x).all():
+        raise FloatingPointError(
+            f"an environment returned a non-finite {what}: {x[~np.isfinite(x).reshape(len(x), -1).all(1)]}"
+        )
+    return x
+
+
+def observe(envs: gym.vector.VectorEnv, obs, infos: dict, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Observations [N, D] and the action mask [N, P] of `infos["action_mask"]`, if the environment gives one."""
+    flat = torch.from_numpy(finite(flatten(envs.single_observation_space, obs), "observation")).to(device)
+    if "action_mask" not in infos:
+        return flat, None
+    action_mask = torch.from_numpy(np.asarray(infos["action_mask"])).bool().to(device)  # [N, P]
+    allowed = [part.any(-1) for part in action_mask.split(choices(envs.single_action_space), -1)]
+    if not torch.stack(allowed).all():
+        raise ValueError(f"environment {(~torch.stack(allowed).all(0)).nonzero()[0, 0]} allows no action at all")
+    return flat, action_mask
+
+
+def reset(envs: gym.vector.VectorEnv, agent: Agent, seed: int) -> Carry:
+    obs, infos = envs.reset(seed=seed)
+    state, n = agent.initial_state(envs.num_envs), envs.num_envs
+    obs, action_mask = observe(envs, obs, infos, state.device)
+    return Carry(
+        obs, torch.ones(n, dtype=torch.bool, device=state.device), state, action_mask, np.zeros(n), np.zeros(n, int)
+    )
+
+
+@torch.no_grad()
+def collect(
+    envs: gym.vector.VectorEnv, agent: Agent, rollout: Rollout, carry: Carry, generator: torch.Generator
+) -> list[tuple[float, int]]:
+    """Fills the rollout, moves `carry` on, and gives (return, length) of each episode that ended on the way."""
+    space, device, episodes = envs.single_action_space, carry.obs.device, []
+    for t in range(len(rollout.obs)):
+        _, params, value, state = agent.step(carry.obs, carry.state, carry.action_mask)
+        action, logprob = sample(params, space, generator)
+        rollout.obs[t], rollout.start[t], rollout.state[t] = carry.obs, carry.start, carry.state
+        rollout.action[t], rollout.logprob[t] = action, logprob
+        rollout.value[t] = agent.return_stats.denormalize(value)
+        if rollout.action_mask is not None:
+            rollout.action_mask[t] = carry.action_mask
+
+        obs, reward, terminated, truncated, infos = envs.step(env_action(action, space))
+        carry.obs, carry.action_mask = observe(envs, obs, infos, device)
+        rollout.reward[t], rollout.next_obs[t] = torch.from_numpy(finite(reward, "reward")), carry.obs
+        rollout.terminated[t], rollout.truncated[t] = torch.from_numpy(terminated), torch.from_numpy(truncated)
+        carry.state, carry.start = state, rollout.done[t]
+        carry.returns += reward
+        carry.lengths += 1
+        for n in np.flatnonzero(terminated | truncated):
+            last = gym.spaces.flatten(envs.single_observation_space, infos["final_obs"][n])
+            rollout.next_obs[t, n] = torch.from_numpy(finite(last, "final observation")).to(device)
+            episodes.append((float(carry.returns[n]), int(carry.lengths[n])))
+            carry.state[n], carry.returns[n], carry.lengths[n] = 0, 0, 0
+    return episodes
+
+
+@torch.no_grad()
+def next_values(agent: Agent, rollout: Rollout, carry: Carry) -> Tensor:
+    """V of the observation after each step [T, N]: the next row's value or, where the episode was truncated, the value of
+    its final observation under the state that the stored one leads to (detail 5)."""
+    _, _, last, _ = agent.step(carry.obs, carry.state)
+    values = torch.cat((rollout.value[1:], agent.return_stats.denormalize(last)[None]))  # [T, N]
+    cut = rollout.truncated.nonzero(as_tuple=True)
+    if len(cut[0]):
+        *_, state = agent.step(rollout.obs[cut], rollout.state[cut])
+        _, _, final, _ = agent.step(rollout.next_obs[cut], state)
+        values[cut] = agent.return_stats.denormalize(final)
+    return values
+
+
+class Segments(NamedTuple):
+    """S runs of consecutive steps within one episode, padded to the longest. `index` [L, S] points into a flattened
+    [T * N] rollout, `mask` [L, S] tells the real steps; the first row is always real."""
+
+    index: Tensor
+    mask: Tensor
+
+
+def cut_segments(start: Tensor, bptt_length: int) -> Segments:
+    """Cuts a rollout at its first row, at episode starts (`start` [T, N] bool) and every `bptt_length` steps within an
+    episode (0 = never) (detail 1)."""
+    num_steps, num_envs = start.shape
+    time = torch.arange(num_steps, device=start.device)[:, None]  # [T, 1]
+    cut = start | (time == 0)
+    if bptt_length:
+        age = time - torch.where(cut, time, 0).cummax(0).values  # [T, N] steps since the last cut
+        cut = age % bptt_length == 0
+    n, t = cut.T.nonzero(as_tuple=True)  # one environment after the other, time ascending
+    first = n * num_steps + t
+    length = torch.diff(first, append=first.new_tensor([num_steps * num_envs]))  # [S]
+    offset = torch.arange(int(length.max()), device=start.device)[:, None]  # [L, 1]
+    mask = offset < length
+    return Segments(torch.where(mask, (t + offset) * num_envs + n, 0), mask)
+
+
+def minibatches(segments: Segments, num_minibatches: int, generator: torch.Generator) -> Iterator[Segments]:
+    """Shuffles the segments and deals them out, each minibatch padded to its own longest segment."""
+    order = torch.randperm(segments.mask.shape[1], generator=generator, device=generator.device)
+    for columns in order.tensor_split(num_minibatches):
+        mask = segments.mask[:, columns]
+        length = int(mask.sum(0).max())
+        yield Segments(segments.index[:length, columns], mask[:length])
+
+
+@torch.no_grad()
+def refresh_states(agent: Agent, rollout: Rollout) -> None:
+    """Recomputes the stored states with the current weights, from the first row on (detail 9)."""
+    state = rollout.state[0]
+    for t in range(len(rollout.obs)):
+        rollout.state[t] = state.masked_fill(rollout.start[t, :, None, None, None], 0) if t else state
+        *_, state = agent.step(rollout.obs[t], rollout.state[t])
+
+
+# --- loss
+
+
+def ppo_loss(
+    agent: Agent, rollout: Rollout, segments: Segments, space: gym.Space, args: Args, num_steps: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped loss of a minibatch (eq. 7, 9), and metrics. All are sums over the minibatch's real steps divided by
+    `num_steps`, the real steps of an average minibatch over all processes: every step of the rollout weighs the same."""
+    real = segments.index[segments.mask]  # [M]
+
+    def take(x: Tensor, index: Tensor = real) -> Tensor:
+        return x.flatten(0, 1)[index]
+
+    action_mask = None if rollout.action_mask is None else take(rollout.action_mask, segments.index)
+    first_states = take(rollout.state, segments.index[0])  # [S, 2, layers, H]
+    _, params, values = agent.unroll(take(rollout.obs, segments.index), first_states, action_mask)
+    value = values[segments.mask]  # [M] normalised, as are the targets
+    logprob, entropy = logprob_entropy(params[segments.mask], take(rollout.action), space)
+    log_ratio = logprob - take(rollout.logprob)
+    ratio, advantage = log_ratio.exp(), take(rollout.advantages)
+
+    policy_loss = torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef))
+    target = agent.return_stats.normalize(take(rollout.returns))
+    value_loss = 0.5 * (value - target) ** 2
+    if args.clip_vloss:
+        old = agent.return_stats.normalize(take(rollout.value))
+        clipped = old + (value - old).clamp(-args.clip_coef, args.clip_coef)
+        value_loss = torch.max(value_loss, 0.5 * (clipped - target) ** 2)
+
+    loss = (policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy).sum() / num_steps
+    with torch.no_grad():
+        per_step = {
+            "policy_loss": policy_loss,
+            "value_loss": value_loss,
+            "entropy": entropy,
+            "old_approx_kl": -log_ratio,
+            "approx_kl": ratio - 1 - log_ratio,  # http://joschu.net/blog/kl-approx.html
+            "clipfrac": ((ratio - 1).abs() > args.clip_coef).float(),
+        }
+        metrics = {name: x.sum() / num_steps for name, x in per_step.items()}
+        metrics["ratio_error"] = (ratio - 1).abs().max()
+    return loss, metrics
+
+
+# --- predictor
+
+
+class Predictor(nn.Module):
+    """Features [B, F] and the current normalised observation [B, D] -> the next `horizon` normalised observations
+    [B, horizon, D], in one shot: one linear layer gives what is added to the current observation. It starts at zero, so
+    the first forecast is that nothing changes."""
+
+    def __init__(self, feature_size: int, obs_size: int, horizon: int):
+        super().__init__()
+        self.horizon, self.obs_size = horizon, obs_size
+        self.head = nn.Linear(feature_size + obs_size, horizon * obs_size)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        self.recent_error = RunningMeanStd((), memory=50)  # log one-step error on fresh rollouts, for the drift
+
+    def forward(self, features: Tensor, obs: Tensor) -> Tensor:
+        change = self.head(torch.cat((features, obs), -1)).unflatten(-1, (self.horizon, self.obs_size))
+        return obs.unsqueeze(-2) + change
+
+
+def future(history: deque[Rollout], index: Tensor, horizon: int) -> tuple[Tensor, Tensor]:
+    """The observations [B, H, D] that followed steps `index` [B] of the oldest rollout, flattened [T * N], and a mask
+    [B, H]: false beyond the end of the step's episode. The rollouts in `history` follow each other in time."""
+    next_obs = torch.cat([rollout.next_obs for rollout in history])  # [R, N, D]
+    done = torch.cat([rollout.done for rollout in history])  # [R, N]
+    num_envs = done.shape[1]
+    t = (index // num_envs)[:, None] + torch.arange(horizon, device=index.device)  # [B, H]
+    n = (index % num_envs)[:, None]
+    ended = done[t, n].int().cumsum(1) - done[t, n].int()  # [B, H] episode ends before row t
+    return next_obs[t, n], ended == 0
+
+
+def predictor_loss(
+    agent: Agent, predictor: Predictor, history: deque[Rollout], args: Args, generator: torch.Generator
+) -> Tensor:
+    """Mean squared error of forecasts from about `predictor_samples` steps of the oldest rollout, whose futures are
+    known. Their features are recomputed by `unroll`: from single steps if the extractor is frozen, else from segments."""
+    rollout = history[0]
+    segments = cut_segments(rollout.start, 1 if args.freeze_extractor else args.bptt_length)
+    share = min(1.0, predictor_samples(args) / rollout.start.numel())
+    segments = next(minibatches(segments, max(1, round(1 / share)), generator))
+    real = segments.index[segments.mask]  # [B]
+    with torch.set_grad_enabled(not args.freeze_extractor):
+        first_states = rollout.state.flatten(0, 1)[segments.index[0]]
+        features = agent.unroll(rollout.obs.flatten(0, 1)[segments.index], first_states)[0][segments.mask]
+    target, mask = future(history, real, args.horizon)  # [B, H, D], [B, H]
+    forecast = predictor(features, agent.normalize_obs(rollout.obs.flatten(0, 1)[real]))
+    error = (forecast - agent.normalize_obs(target)).square().mean(-1)  # [B, H]
+    return (error * mask).sum() / all_sum(mask.sum().float())
+
+
+def make_predictor_optimizer(agent: Agent, predictor: Predictor, args: Args) -> torch.optim.Optimizer:
+    """Adam for the head and, unless it is frozen, the extractor, whose share is a step size: Adam cancels a factor of the
+    loss."""
+    groups = [{"params": predictor.head.parameters(), "lr": args.predictor_learning_rate}]
+    if not args.freeze_extractor:
+        lr = args.predictor_learning_rate * args.predictor_loss_weight
+        groups.append({"params": agent.extractor_parameters(), "lr": lr})
+    return torch.optim.Adam(groups, fused=True)
+
+
+def train_predictor(
+    agent: Agent,
+    predictor: Predictor,
+    optimizer: torch.optim.Optimizer,
+    history: deque[Rollout],
+    args: Args,
+    generator: torch.Generator,
+) -> float:
+    """One minibatch per PPO epoch; the mean loss."""
+    weights, losses = [weight for group in optimizer.param_groups for weight in group["params"]], []
+    for _ in range(args.update_epochs):
+        loss = predictor_loss(agent, predictor, history, args, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        for weight in weights:
+            all_sum(weight.grad)
+        nn.utils.clip_grad_norm_(weights, args.max_grad_norm, error_if_nonfinite=True)
+        optimizer.step()
+        losses.append(all_sum(loss.detach()))
+    return float(torch.stack(losses).mean())
+
+
+def predictor_samples(args: Args) -> int:
+    return args.predictor_samples or (1024 if args.horizon <= 10 else 512 if args.horizon <= 50 else 256)
+
+
+def history_length(args: Args) -> int:
+    """Rollouts to keep so that every step of the oldest has its whole future within them."""
+    return 1 + math.ceil(args.horizon / args.num_steps) if args.predictor else 1
+
+
+def planned_bytes(args: Args, obs_size: int) -> int:
+    """Memory of the rollouts and, roughly, of a predictor minibatch."""
+    layers = args.lstm_layers if args.recurrent else 0
+    rollouts = history_length(args) * args.num_steps * args.num_envs * (2 * obs_size + 2 * layers * args.lstm_hidden)
+    return 4 * (
+        rollouts + args.predictor * args.horizon * obs_size * (6 * predictor_samples(args) + 4 * args.lstm_hidden)
+    )
+
+
+@torch.no_grad()
+def drift(agent: Agent, predictor: Predictor, rollout: Rollout) -> float:
+    """How unusual the forecasts' one-step error on the newest rollout is, as a z-score of its logarithm among earlier
+    rollouts'. A change in the environment's dynamics raises it."""
+    obs, state = rollout.obs.flatten(0, 1)[::8], rollout.state.flatten(0, 1)[::8]
+    forecast = predictor(agent.step(obs, state)[0], agent.normalize_obs(obs))[:, 0]
+    log_error = (forecast - agent.normalize_obs(rollout.next_obs.flatten(0, 1)[::8])).square().mean().log()
+    z = float(predictor.recent_error.normalize(log_error))
+    predictor.recent_error.update(log_error[None])
+    return z
+
+
+class Skill(NamedTuple):
+    """Squared forecast errors by episode and step ahead, summed over `count` [E, H] forecasts and averaged over entries,
+    of the predictor and of three trivial forecasts, each [E, H]."""
+
+    count: Tensor
+    predictor: Tensor
+    persistence: Tensor  # nothing changes
+    velocity: Tensor  # the last change goes on
+    mean: Tensor  # the running mean of all observations
+
+    def rmse(self) -> Tensor:
+        """Root mean squared error of the predictor [H], in standard deviations of the observations; NaN = no data."""
+        return (self.predictor.sum(0) / self.count.sum(0)).sqrt()
+
+    def skill(self) -> Tensor:
+        """1 − MSE / MSE of the best trivial forecast [H]: 1 = perfect, 0 = no better than that."""
+        trivial = torch.stack((self.persistence, self.velocity, self.mean)).sum(1).min(0).values
+        return 1 - self.predictor.sum(0) / trivial
+
+
+@torch.no_grad()
+def forecast_skill(agent: Agent, predictor: Predictor, episodes: list[Tensor], steps: int = 64) -> Skill:
+    """Errors on whole episodes, each [length + 1, D] raw observations with the final one, at `steps` moments of each."""
+    rows = []
+    for episode in episodes:
+        obs, length = agent.normalize_obs(episode), len(episode) - 1
+        features = agent.unroll(episode[:-1, None], agent.initial_state(1))[0][:, 0]  # [length, F]
+        t = torch.linspace(0, length - 1, min(steps, length), device=obs.device).long()  # [B]
+        ahead = torch.arange(1, predictor.horizon + 1, device=obs.device)  # [H]
+        mask = t[:, None] + ahead <= length  # [B, H]
+        target = obs[(t[:, None] + ahead).clamp(max=length)]  # [B, H, D]
+        now = obs[t, None].expand_as(target)
+        change = (obs[t] - obs[(t - 1).clamp(min=0)])[:, None] * ahead[:, None]  # [B, H, D]
+        forecasts = predictor(features[t], obs[t]), now, now + change, torch.zeros_like(now)
+        rows.append([mask.sum(0).float()] + [((f - target).square().mean(-1) * mask).sum(0) for f in forecasts])
+    return Skill(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+def forecast_figure(agent: Agent, predictor: Predictor, episodes: list[Tensor], names: list[str], skill: Tensor):
+    """A matplotlib figure: the leading entries of the longest episode with forecasts from four of its moments, and the
+    skill over the steps ahead."""
+    from matplotlib.figure import Figure
+
+    episode = max(episodes, key=len)
+    with torch.no_grad():
+        obs = agent.normalize_obs(episode)
+        features = agent.unroll(episode[:-1, None], agent.initial_state(1))[0][:, 0]
+        forecast = predictor(features, obs[:-1]) if len(obs) < 2000 else predictor(features[:2000], obs[:2000])
+    figure = Figure(figsize=(10, 2 * min(5, len(names) + 1)), layout="constrained")
+    axes = figure.subplots(min(5, len(names) + 1), 1)
+    for i, axis in enumerate(axes[:-1]):
+        axis.plot(obs[:, i].cpu(), color="black", linewidth=1, label="actual")
+        for j, t in enumerate(range(0, len(forecast), max(1, len(forecast) // 4))):
+            ahead = range(t + 1, min(t + 1 + predictor.horizon, len(obs)))
+            axis.plot(ahead, forecast[t, : len(ahead), i].cpu(), color=f"C{j}", label=f"forecast at step {t}")
+        axis.set_ylabel(names[i])
+    axes[0].legend(fontsize="small", ncols=5)
+    axes[-2].set_xlabel("step of the episode (observations in standard deviations)")
+    axes[-1].plot(range(1, predictor.horizon + 1), skill.cpu())
+    axes[-1].axhline(0, color="black", linewidth=0.5)
+    axes[-1].set(xlabel="steps ahead", ylabel="skill", ylim=(-1, 1))
+    return figure
+
+
+# --- evaluate
+
+
+class Evaluation(NamedTuple):
+    returns: np.ndarray  # [E] in the order in which the episodes ended
+    lengths: np.ndarray  # [E]
+    episodes: list[Tensor]  # raw observations [length + 1, D] of each, if recorded
+
+
+@torch.no_grad()
+def evaluate(
+    agent: Agent,
+    args: Args,
+    policy: Literal["agent", "memoryless", "random"] = "agent",
+    record: bool = False,
+    video_dir: Path | None = None,
+) -> Evaluation:
+    """Plays `eval_episodes` episodes, equally many on each environment (a fixed time would favour short ones). The
+    memoryless policy is the agent with its state zeroed before every step."""
+    num_envs = min(args.eval_episodes, args.num_envs)
+    envs = make_envs(args, num_envs, video_dir)
+    space, device, seed = envs.single_action_space, agent.critic.weight.device, args.seed + 1_000_000
+    generator = torch.Generator(device).manual_seed(seed)
+    envs.action_space.seed(seed)
+    obs, action_mask = observe(envs, *envs.reset(seed=seed), device)
+    state, left = agent.initial_state(num_envs), np.full(num_envs, args.eval_episodes // num_envs)
+    left[: args.eval_episodes % num_envs] += 1
+    returns, lengths, ended, episodes = np.zeros(num_envs), np.zeros(num_envs, int), [], []
+    seen = [[obs[n]] for n in range(num_envs)]
+    while left.any():
+        if policy == "memoryless":
+            state = torch.zeros_like(state)
+        _, params, _, state = agent.step(obs, state, action_mask)
+        if policy == "random" and action_mask is None:
+            action = envs.action_space.sample()
+        elif policy == "random":
+            action = env_action(sample(torch.log(action_mask.float()), space, generator)[0], space)
+        else:
+            action = env_action(sample(params, space, None if args.eval_deterministic else generator)[0], space)
+        raw, reward, terminated, truncated, infos = envs.step(action)
+        obs, action_mask = observe(envs, raw, infos, device)
+        returns += reward
+        lengths += 1
+        done = terminated | truncated
+        for n in range(num_envs) if record else ():
+            seen[n].append(obs[n])
+        for n in np.flatnonzero(done):
+            if left[n]:
+                ended.append((returns[n], lengths[n]))
+                if record:
+                    last = gym.spaces.flatten(envs.single_observation_space, infos["final_obs"][n])
+                    seen[n][-1] = torch.from_numpy(last).float().to(device)
+                    episodes.append(torch.stack(seen[n]))
+                left[n] -= 1
+            seen[n], state[n], returns[n], lengths[n] = [obs[n]], 0, 0, 0
+    envs.close()
+    return Evaluation(*(np.array(column) for column in zip(*ended, strict=True)), episodes)
+
+
+# --- save, load
+
+
+@dataclass
+class Progress:
+    """Counters of a run, saved with it."""
+
+    global_step: int = 0
+    update: int = 0
+    best: float = -math.inf  # mean return of the best evaluation
+    recent: list[float] = field(default_factory=list)  # returns of the last 100 training episodes
+    random: float = math.nan  # mean return of random actions
+    before: float = math.nan  # mean return of the untrained agent
+
+
+def pack(parts: dict, progress: Progress, args: Args) -> dict:
+    """Everything that a run needs to go on, as tensors and plain types."""
+    states = {
+        name: part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
+        for name, part in parts.items()
+    }
+    return states | {"progress": asdict(progress), "args": asdict(args)}
+
+
+def unpack(state: dict, parts: dict) -> Progress:
+    for name, part in parts.items():
+        part.set_state(state[name].cpu()) if isinstance(part, torch.Generator) else part.load_state_dict(state[name])
+    return Progress(**state["progress"])
+
+
+def save(path: Path, state: dict) -> None:
+    """Writes a checkpoint such that a crash at any moment leaves the old one or the new one, never half of one."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load(path: str | Path, args: Args | None = None, device: torch.device | str = "cpu") -> dict:
+    """Reads a checkpoint without running any code that a stranger may have put into it; with `args`, one whose networks
+    and environment must be theirs."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        saved = state["args"]
+    except Exception as error:
+        raise InputError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
+    if unknown := set(saved) ^ {item.name for item in fields(Args)}:
+        raise InputError(f"{path} is a checkpoint of another script, with or without {', '.join(sorted(unknown))}")
+    for name in "env_id env_kwargs visible recurrent lstm_hidden lstm_layers horizon".split() if args else ():
+        if saved[name] != getattr(args, name):
+            raise InputError(f"{path} has {name} {saved[name]}, not {getattr(args, name)}")
+    return state
+
+
+def transfer(state: dict, modules: dict[str, nn.Module]) -> None:
+    """Copies those weights of a checkpoint whose names and shapes fit, and names the others."""
+    for part, module in modules.items():
+        own = module.state_dict()
+        fits = {name: x for name, x in state[part].items() if name in own and own[name].shape == x.shape}
+        if others := sorted(own.keys() - fits.keys()):
+            print(f"not taken from the checkpoint: {part} {', '.join(others)}", file=sys.stderr)
+        module.load_state_dict(own | fits)
+
+
+def assess(agent: Agent, predictor: Predictor, args: Args, run_dir: Path, names: list[str]) -> dict[str, float]:
+    """Evaluates the policy, with and without memory, and the forecasts, and draws `forecast.png` in the run folder."""
+    played = evaluate(agent, args, record=args.predictor, video_dir=run_dir / "videos" if args.capture_video else None)
+    scores = {"eval/episodic_return": played.returns.mean(), "eval/episodic_return_std": played.returns.std()}
+    scores["eval/episodic_length"] = played.lengths.mean()
+    scores["eval/return_memoryless"] = evaluate(agent, args, "memoryless").returns.mean()
+    if args.predictor:
+        result = forecast_skill(agent, predictor, played.episodes)
+        for k in sorted({k for k in (1, 10, 50, args.horizon) if k <= args.horizon}):
+            scores[f"predictor/rmse_k{k}"] = result.rmse()[k - 1]
+            scores[f"predictor/skill_k{k}"] = result.skill()[k - 1]
+        forecast_figure(agent, predictor, played.episodes, names, result.skill()).savefig(
+            run_dir / "forecast.png", dpi=100
+        )
+    return {name: float(score) for name, score in scores.items()}
+
+
+def evaluate_checkpoint(args: Args, device: torch.device) -> dict:
+    state = load(args.evaluate, args, device)
+    env = make_env(args)
+    names = entry_names(env.observation_space)
+    agent = Agent(len(names), env.action_space, args).to(device)
+    predictor = Predictor(agent.hidden_size, len(names), args.horizon).to(device)
+    agent.load_state_dict(state["agent"])
+    predictor.load_state_dict(state["predictor"])
+    progress, run_dir = Progress(**state["progress"]), Path(args.evaluate).parent
+    return summary(assess(agent, predictor, args, run_dir, names), progress, args, run_dir)
+
+
+def summary(scores: dict[str, float], progress: Progress, args: Args, run_dir: Path) -> dict:
+    """The closing JSON object."""
+    return {
+        "run_dir": str(run_dir),
+        "global_step": progress.global_step,
+        "sps": scores.get("charts/SPS"),
+        "train_return_mean": float(np.mean(progress.recent)) if progress.recent else None,
+        "eval_return_mean": scores["eval/episodic_return"],
+        "eval_return_std": scores["eval/episodic_return_std"],
+        "eval_episodes": args.eval_episodes,
+        "eval_return_memoryless": scores["eval/return_memoryless"],
+        "random_return_mean": progress.random,
+        "before_return_mean": progress.before,
+    } | {name.replace("/", "_"): score for name, score in scores.items() if name.startswith("predictor/")}
+
+
+# --- train
+
+
+def setup(args: Args) -> tuple[torch.device, int, int]:
+    """Device, rank and number of processes (one, unless torchrun started more)."""
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(args.torch_threads)
+    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    if "RANK" not in os.environ:
+        return device, 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device, dist.get_rank(), dist.get_world_size()
+
+
+def make_run_dir(args: Args) -> Path:
+    """The run's folder with its arguments and the code as it runs."""
+    if args.resume:
+        return Path(args.resume)
+    env_name = args.env_id.replace("/", "-").replace(":", "-")
+    run_dir = Path(args.runs_dir, f"{env_name}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    run_dir.mkdir(parents=True)
+    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
+    shutil.copy(__file__, run_dir)
+    shutil.copytree(Path(__file__).parent / "common", run_dir / "common", ignore=shutil.ignore_patterns("__pycache__"))
+    return run_dir
+
+
+def progress_bar(args: Args, progress: Progress, rank: int) -> tqdm:
+    """On standard error; where that is no terminal, a line every 30 s."""
+    terminal = sys.stderr.isatty()
+    bar_format = "{l_bar}{bar}{r_bar}" + ("" if terminal else "\n")
+    return tqdm(
+        total=args.total_timesteps,
+        initial=progress.global_step,
+        disable=rank > 0,
+        mininterval=0.1 if terminal else 30,
+        bar_format=bar_format,
+        unit="step",
+        unit_scale=True,
+    )
+
+
+def mean_metrics(log: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Means over minibatches, summed over processes (each gives its share of the sum)."""
+    return {
+        name: float(all_sum(torch.stack([entry[name] for entry in log]).mean())) for name in (log[0] if log else ())
+    }
+
+
+def on_signal(number: int, frame) -> None:
+    signals.append(number)
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+
+signals: list[int] = []  # SIGINT and SIGTERM received so far; read once per update
+
+
+def train(args: Args) -> dict:
+    """Trains, evaluates the final weights and returns the closing summary. Raises InputError before any work if it is
+    asked for what cannot be; any other exception leaves the last checkpoint as it is."""
+    check(args)
+    device, rank, world = setup(args)
+    if args.evaluate:
+        return evaluate_checkpoint(args, device)
+    torch.manual_seed(args.seed)  # initial weights; whatever is random later draws from these two generators
+    generator = torch.Generator(device).manual_seed(args.seed + rank)
+    predictor_generator = torch.Generator(device).manual_seed(args.seed + rank)
+
+    envs = make_envs(args, args.num_envs)
+    space, names = envs.single_action_space, entry_names(envs.single_observation_space)
+    agent = Agent(len(names), space, args).to(device)
+    predictor = Predictor(agent.hidden_size, len(names), args.horizon).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
+    predictor_optimizer = make_predictor_optimizer(agent, predictor, args)
+    initial_lrs = [(group, group["lr"]) for group in optimizer.param_groups + predictor_optimizer.param_groups]
+    parts = {"agent": agent, "predictor": predictor, "optimizer": optimizer, "predictor_optimizer": predictor_optimizer}
+    parts |= {"generator": generator, "predictor_generator": predictor_generator}
+    progress = Progress()
+    if args.resume:
+        progress = unpack(load(f"{args.resume}/checkpoint.pt", args, device), parts)
+    elif args.init_from:
+        transfer(load(args.init_from, device=device), {"agent": agent, "predictor": predictor})
+    run_dir = make_run_dir(args) if rank == 0 else None
+    writer = SummaryWriter(run_dir, purge_step=progress.global_step + 1 if args.resume else None) if rank == 0 else None
+    if rank == 0 and not args.resume:
+        progress.random = float(evaluate(agent, args, "random").returns.mean())
+        progress.before = float(evaluate(agent, args).returns.mean())
+
+    history = deque(maxlen=history_length(args))  # the last rollouts
+    steps_per_update, steps_done, seconds, stop = world * args.num_envs * args.num_steps, 0, 0.0, False
+    bar = progress_bar(args, progress, rank)
+    try:
+        carry = reset(envs, agent, args.seed + rank * args.num_envs + 100_000 * progress.update)
+        while progress.global_step < args.total_timesteps and not stop:
+            # --- rollout, advantages
+            started = time.perf_counter()
+            remaining = 1 - progress.global_step / args.total_timesteps if args.anneal_lr else 1.0
+            for group, initial_lr in initial_lrs:
+                group["lr"] = initial_lr * remaining
+            rollout = Rollout(args, agent, len(names), space, carry.action_mask is not None, device)
+            episodes = collect(envs, agent, rollout, carry, generator)
+            history.append(rollout)
+            values_after, ends = next_values(agent, rollout, carry), (rollout.terminated, rollout.truncated)
+            advantages, returns = gae(rollout.reward, rollout.value, values_after, *ends, args.gamma, args.gae_lambda)
+            if args.norm_adv:
+                mean = all_sum(advantages.mean()) / world
+                std = (all_sum((advantages - mean).square().mean()) / world).sqrt()
+                advantages = (advantages - mean) / (std + 1e-8)
+            rollout.advantages, rollout.returns = advantages, returns
+
+            # --- PPO; the first rollout only gives the statistics (detail 8)
+            segments = cut_segments(rollout.start, args.bptt_length)
+            log = []  # metrics of each minibatch
+            for epoch in range(args.update_epochs if agent.obs_stats.count else 0):
+                if epoch and args.refresh_states:
+                    refresh_states(agent, rollout)
+                for batch in minibatches(segments, args.num_minibatches, generator):
+                    loss, metrics = ppo_loss(
+                        agent, rollout, batch, space, args, steps_per_update / args.num_minibatches
+                    )
+                    optimizer.zero_grad()
+                    loss.backward()
+                    for weight in agent.parameters():
+                        all_sum(weight.grad)
+                    norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, error_if_nonfinite=True)
+                    optimizer.step()
+                    log.append(metrics | {"grad_norm": norm / world})
+                if args.target_kl and mean_metrics(log[-args.num_minibatches :])["approx_kl"] > args.target_kl:
+                    break
+
+            # --- predictor, from when the oldest rollout's future is known; statistics
+            scalars = {f"losses/{name}": x for name, x in mean_metrics(log).items()}
+            if args.predictor and len(history) == history.maxlen:
+                scalars["predictor/drift"] = drift(agent, predictor, rollout)
+                trained = agent, predictor, predictor_optimizer
+                scalars["predictor/loss"] = train_predictor(*trained, history, args, predictor_generator)
+            agent.update_statistics(rollout.obs.flatten(0, 1), returns.flatten())
+            progress.update, progress.global_step = progress.update + 1, progress.global_step + steps_per_update
+            steps_done, seconds = steps_done + steps_per_update, seconds + time.perf_counter() - started
+            stop = bool(all_sum(torch.tensor(float(len(signals)), device=device)))
+            if rank > 0:
+                continue
+
+            # --- log, evaluate, save
+            progress.recent = [*progress.recent, *(episode_return for episode_return, _ in episodes)][-100:]
+            if episodes:
+                scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0)
+            if log:
+                scalars["losses/first_ratio_error"] = float(log[0]["ratio_error"])
+            scalars["losses/explained_variance"] = 1 - float((returns - rollout.value).var() / returns.var())
+            scalars["charts/learning_rate"] = args.learning_rate * remaining
+            scalars["charts/SPS"] = steps_done / seconds
+            due = args.checkpoint_every and progress.update % args.checkpoint_every == 0
+            if (due or progress.global_step >= args.total_timesteps) and not stop:
+                scalars |= assess(agent, predictor, args, run_dir, names)
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, progress.global_step)
+            bar.set_postfix_str(
+                f"{scalars['charts/SPS']:.0f} steps/s, return {np.mean(progress.recent or [math.nan]):.1f}"
+            )
+            bar.update(steps_per_update)
+            if stop or "eval/episodic_return" in scalars:
+                better = scalars.get("eval/episodic_return", -math.inf) > progress.best
+                progress.best = max(progress.best, scalars.get("eval/episodic_return", -math.inf))
+                for name in ("checkpoint.pt", "best.pt") if better else ("checkpoint.pt",):
+                    save(run_dir / name, pack(parts, progress, args))
+    finally:
+        envs.close()
+        if rank == 0:
+            bar.close()
+            writer.close()
+            if progress.global_step < args.total_timesteps and (run_dir / "checkpoint.pt").exists():
+                print(f"continue with: python {sys.argv[0]} --resume {run_dir}", file=sys.stderr)
+    return {} if rank > 0 or stop else summary(scalars, progress, args, run_dir)
+
+
+def main() -> None:
+    args = tyro.cli(Args)
+    try:
+        if source := args.evaluate or args.resume and f"{args.resume}/checkpoint.pt":
+            saved = load(source)["args"] | {"evaluate": args.evaluate, "resume": args.resume, "init_from": None}
+            args = tyro.cli(Args, default=Args(**saved))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, on_signal)
+        result = train(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if signals:
+        sys.exit(128 + signals[0])
+    if result:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
