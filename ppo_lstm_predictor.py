@@ -2,27 +2,27 @@
 
 The data goes one way, and each stage has one place below:
 
-    environment step -> flatten -> Agent.step (one LSTM cell, no gradients) -> Rollout [T, N] (states *before* each step)
+    environment step -> flatten -> Agent.step (one LSTM cell, no gradients) -> Rollout [T, N] (states before each step)
     Rollout -> gae (terminated / truncated, values of final observations) -> advantages, returns [T, N]
-    Rollout -> cut_segments at episode ends and bptt_length -> index and mask [L, S]
-    minibatch of segments -> Agent.unroll (one LSTM call) -> logits and values at real steps -> ppo_loss -> optimizer
-    last rollouts -> Predictor, at steps whose next `horizon` observations are known by now -> predictor_loss -> its optimizer
+    Rollout -> cut_segments at episode ends and every bptt_length steps -> index and mask [L, S]
+    minibatch of segments -> Agent.unroll (one LSTM call) -> logits, values at real steps -> ppo_loss -> optimizer
+    the last rollouts -> Predictor, at steps whose future is known by now -> predictor_loss -> predictor_optimizer
 
-PPO: Schulman et al. 2017, arXiv 1707.06347. The details that matter: https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/
-Value targets on a moving scale (PopArt): van Hasselt et al. 2016, arXiv 1602.07714. Numbered details: docs/ppo_lstm_predictor.md.
+PPO is Schulman et al. 2017, arXiv 1707.06347. Numbers such as `detail 5` refer to docs/ppo_lstm_predictor.md.
 """
 
 import json
 import math
 import os
-import random
 import shutil
 import signal
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -132,11 +133,11 @@ class Args:
     horizon: int = 50
     """steps that it forecasts"""
     predictor_samples: int | None = None
-    """steps per predictor minibatch, one minibatch per PPO epoch; None = 1024, 512, 256 for horizons up to 10, 50, above"""
+    """steps per predictor minibatch, one minibatch per PPO epoch; None = 1024, 512, 256 for horizons to 10, 50, above"""
     predictor_learning_rate: float = 1e-3
     """step size of the predictor's Adam, annealed like PPO's"""
     predictor_loss_weight: float = 1.0
-    """weight of the predictor's loss where it shares weights with the policy (freeze_extractor off)"""
+    """step size of encoder and LSTM relative to the head's where both learn to forecast (Adam cancels a loss weight)"""
     freeze_extractor: bool = True
     """train the head only, so that PPO is exactly what it is without it; off = its gradient reaches encoder and LSTM"""
 
@@ -152,42 +153,31 @@ def check(args: Args) -> None:
         if not ok:
             raise InputError(message)
 
-    positive = "total_timesteps num_envs num_steps num_minibatches update_epochs torch_threads lstm_hidden lstm_layers"
-    positive += " horizon eval_episodes learning_rate predictor_learning_rate max_grad_norm"
-    for name in positive.split():
-        need(getattr(args, name) > 0, f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
-    for name in "bptt_length checkpoint_every ent_coef vf_coef clip_coef predictor_loss_weight".split():
-        need(getattr(args, name) >= 0, f"--{name.replace('_', '-')} must not be negative, not {getattr(args, name)}")
-    for name in ("gamma", "gae_lambda"):
-        need(0 <= getattr(args, name) <= 1, f"--{name.replace('_', '-')} must be in [0, 1], not {getattr(args, name)}")
-    need(
-        args.num_minibatches <= args.num_envs,
-        f"--num-minibatches {args.num_minibatches} exceeds --num-envs {args.num_envs}",
-    )
-    need(args.predictor_samples is None or args.predictor_samples > 0, "--predictor-samples must be above 0")
-    need(
-        sum(map(bool, (args.resume, args.init_from, args.evaluate))) <= 1,
-        "--resume, --init-from, --evaluate exclude each other",
-    )
-    for path in (args.resume and f"{args.resume}/checkpoint.pt", args.init_from, args.evaluate):
-        need(not path or Path(path).is_file(), f"no checkpoint at {path}")
+    above_zero = ["total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs", "learning_rate"]
+    above_zero += ["max_grad_norm", "torch_threads", "lstm_hidden", "lstm_layers", "eval_episodes", "horizon"]
+    above_zero += ["predictor_learning_rate"] + ["predictor_samples"] * (args.predictor_samples is not None)
+    not_negative = ["bptt_length", "checkpoint_every", "ent_coef", "vf_coef", "clip_coef", "predictor_loss_weight"]
+    for name in above_zero + not_negative + ["gamma", "gae_lambda"]:
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        need(value > 0 or name not in above_zero, f"{flag} must be above 0, not {value}")
+        need(value >= 0, f"{flag} must not be negative, not {value}")
+        need(value <= 1 or name not in ("gamma", "gae_lambda"), f"{flag} must be at most 1, not {value}")
+    need(args.num_minibatches <= args.num_envs, "--num-minibatches must not exceed --num-envs")
+    exclusive = [args.resume, args.init_from, args.evaluate]
+    need(sum(map(bool, exclusive)) <= 1, "--resume, --init-from and --evaluate exclude each other")
     try:
         env = make_env(args)
-        names, action_space = entry_names(env.observation_space), env.action_space
+        names, space = entry_names(env.observation_space), env.action_space
         env.close()
     except (gym.error.Error, ImportError, TypeError, ValueError) as error:
         raise InputError(f"{args.env_id}: {' '.join(str(error).split())}") from error
-    need(
-        isinstance(action_space, (Box, Discrete, MultiDiscrete)),
-        f"{args.env_id}: no support for actions in {action_space}",
-    )
+    need(isinstance(space, (Box, Discrete, MultiDiscrete)), f"{args.env_id}: no support for actions in {space}")
     for i in args.visible or ():
-        need(
-            0 <= i < len(names),
-            f"--visible {i}: {args.env_id} has entries 0 to {len(names) - 1}: {' '.join(names[:40])}",
-        )
+        need(0 <= i < len(names), f"--visible {i}: the entries of {args.env_id} are 0 to {len(names) - 1}")
     planned, memory = planned_bytes(args, len(names)), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    size = f"{planned / 1e9:.1f} GB for {args.num_envs} x {args.num_steps} steps of {len(names)} entries, horizon {args.horizon}"
+    size = (
+        f"{planned / 1e9:.1f} GB for {args.num_envs} x {args.num_steps} steps, {args.horizon} x {len(names)} forecasts"
+    )
     need(planned < memory, f"buffers need {size}; this machine has {memory / 1e9:.1f} GB")
     if planned > 1e9:
         print(f"warning: buffers need {size}", file=sys.stderr)
@@ -200,22 +190,21 @@ def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
     return gym.make(args.env_id, **({"render_mode": render_mode} if render_mode else {}), **json.loads(args.env_kwargs))
 
 
-def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> gym.vector.VectorEnv:
-    """`num_envs` environments that reset themselves in the step that ends an episode (SAME_STEP); the first one is
-    filmed if there is a `video_dir`."""
+def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> VectorEnv:
+    """Environments that reset themselves in the step that ends an episode; the first is filmed if there is a folder."""
     main_process = os.getpid()
 
     def make(i: int) -> gym.Env:
-        if os.getpid() != main_process:  # a worker leaves Ctrl-C to the main process, and dies when that says so
+        if os.getpid() != main_process:  # a worker leaves Ctrl-C to the main process, and ends when that says so
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if video_dir and i == 0:
             return gym.wrappers.RecordVideo(make_env(args, "rgb_array"), str(video_dir), episode_trigger=lambda _: True)
         return make_env(args)
 
+    vector_class = AsyncVectorEnv if args.vectorization == "async" else SyncVectorEnv
     makers = [lambda i=i: make(i) for i in range(num_envs)]
-    vector_class = gym.vector.AsyncVectorEnv if args.vectorization == "async" else gym.vector.SyncVectorEnv
-    return vector_class(makers, copy=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    return vector_class(makers, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
 
 
 def env_action(action: Tensor, space: gym.Space) -> np.ndarray:
@@ -328,10 +317,9 @@ class Agent(nn.Module):
             params = params.masked_fill(~action_mask, torch.finfo(params.dtype).min)
         return params, self.critic(features).squeeze(-1)
 
-    def step(
-        self, obs: Tensor, state: Tensor, action_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One step: obs [N, D], state [N, 2, layers, H] -> features [N, H], parameters [N, P], values [N], next state."""
+    def step(self, obs: Tensor, state: Tensor, action_mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        """One step of N environments: obs [N, D], state [N, 2, layers, H] -> features [N, H], parameters [N, P],
+        values [N], next state."""
         x = self.encode(obs)
         if not self.layers:
             x = self.mlp(x)
@@ -344,8 +332,8 @@ class Agent(nn.Module):
             state = torch.stack(cells, 2)
         return x, *self.heads(x, action_mask), state
 
-    def unroll(self, obs: Tensor, state: Tensor, action_mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """A batch of segments: obs [L, S, D], state [S, 2, layers, H] before their first step -> features [L, S, H],
+    def unroll(self, obs: Tensor, state: Tensor, action_mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        """S segments of L steps: obs [L, S, D], state [S, 2, layers, H] before their first step -> features [L, S, H],
         parameters [L, S, P], values [L, S]."""
         x = self.encode(obs)
         if not self.layers:
@@ -377,16 +365,15 @@ def sample(params: Tensor, space: gym.Space, generator: torch.Generator | None =
         mean, log_std = params.chunk(2, -1)
         noise = torch.randn(mean.shape, generator=generator, device=mean.device) if generator else 0
         action = mean + log_std.exp() * noise
-    elif generator:
-        parts = [logits.softmax(-1) for logits in params.split(choices(space), -1)]
-        action = torch.cat([torch.multinomial(probs, 1, generator=generator) for probs in parts], -1)
     else:
-        action = torch.cat([logits.argmax(-1, keepdim=True) for logits in params.split(choices(space), -1)], -1)
+        probs = [logits.softmax(-1) for logits in params.split(choices(space), -1)]
+        draw = partial(torch.multinomial, num_samples=1, generator=generator)
+        action = torch.cat([draw(p) if generator else p.argmax(-1, keepdim=True) for p in probs], -1)
     return action, logprob_entropy(params, action, space)[0]
 
 
 def logprob_entropy(params: Tensor, action: Tensor, space: gym.Space) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies [...] of params [..., P] and actions [..., A]. A Box action is the Gaussian sample
+    """Log-probabilities and entropies [...] for params [..., P], actions [..., A]. A Box action is the Gaussian sample
     before it is scaled and clipped to the bounds: clipping is part of the environment."""
     if isinstance(space, Box):
         mean, log_std = params.chunk(2, -1)
@@ -446,13 +433,11 @@ class Carry:
 
 def finite(x: np.ndarray, what: str) -> np.ndarray:
     if not np.isfinite(x).all():
-        raise FloatingPointError(
-            f"an environment returned a non-finite {what}: {x[~np.isfinite(x).reshape(len(x), -1).all(1)]}"
-        )
+        raise FloatingPointError(f"an environment returned a non-finite {what}: {x}")
     return x
 
 
-def observe(envs: gym.vector.VectorEnv, obs, infos: dict, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def observe(envs: VectorEnv, obs, infos: dict, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Observations [N, D] and the action mask [N, P] of `infos["action_mask"]`, if the environment gives one."""
     flat = torch.from_numpy(finite(flatten(envs.single_observation_space, obs), "observation")).to(device)
     if "action_mask" not in infos:
@@ -464,7 +449,12 @@ def observe(envs: gym.vector.VectorEnv, obs, infos: dict, device: torch.device) 
     return flat, action_mask
 
 
-def reset(envs: gym.vector.VectorEnv, agent: Agent, seed: int) -> Carry:
+def final_observation(envs: VectorEnv, infos: dict, n: int, device: torch.device) -> Tensor:
+    flat = gym.spaces.flatten(envs.single_observation_space, infos["final_obs"][n]).astype(np.float32)  # [D]
+    return torch.from_numpy(finite(flat, "final observation")).to(device)
+
+
+def reset(envs: VectorEnv, agent: Agent, seed: int) -> Carry:
     obs, infos = envs.reset(seed=seed)
     state, n = agent.initial_state(envs.num_envs), envs.num_envs
     obs, action_mask = observe(envs, obs, infos, state.device)
@@ -474,9 +464,7 @@ def reset(envs: gym.vector.VectorEnv, agent: Agent, seed: int) -> Carry:
 
 
 @torch.no_grad()
-def collect(
-    envs: gym.vector.VectorEnv, agent: Agent, rollout: Rollout, carry: Carry, generator: torch.Generator
-) -> list[tuple[float, int]]:
+def collect(envs: VectorEnv, agent: Agent, rollout: Rollout, carry: Carry, generator: torch.Generator) -> list:
     """Fills the rollout, moves `carry` on, and gives (return, length) of each episode that ended on the way."""
     space, device, episodes = envs.single_action_space, carry.obs.device, []
     for t in range(len(rollout.obs)):
@@ -488,7 +476,10 @@ def collect(
         if rollout.action_mask is not None:
             rollout.action_mask[t] = carry.action_mask
 
-        obs, reward, terminated, truncated, infos = envs.step(env_action(action, space))
+        try:
+            obs, reward, terminated, truncated, infos = envs.step(env_action(action, space))
+        except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+            raise RuntimeError("the process of an environment died") from error
         carry.obs, carry.action_mask = observe(envs, obs, infos, device)
         rollout.reward[t], rollout.next_obs[t] = torch.from_numpy(finite(reward, "reward")), carry.obs
         rollout.terminated[t], rollout.truncated[t] = torch.from_numpy(terminated), torch.from_numpy(truncated)
@@ -496,8 +487,7 @@ def collect(
         carry.returns += reward
         carry.lengths += 1
         for n in np.flatnonzero(terminated | truncated):
-            last = gym.spaces.flatten(envs.single_observation_space, infos["final_obs"][n])
-            rollout.next_obs[t, n] = torch.from_numpy(finite(last, "final observation")).to(device)
+            rollout.next_obs[t, n] = final_observation(envs, infos, n, device)
             episodes.append((float(carry.returns[n]), int(carry.lengths[n])))
             carry.state[n], carry.returns[n], carry.lengths[n] = 0, 0, 0
     return episodes
@@ -505,8 +495,8 @@ def collect(
 
 @torch.no_grad()
 def next_values(agent: Agent, rollout: Rollout, carry: Carry) -> Tensor:
-    """V of the observation after each step [T, N]: the next row's value or, where the episode was truncated, the value of
-    its final observation under the state that the stored one leads to (detail 5)."""
+    """V of the observation after each step [T, N]: the next row's value or, where the episode was truncated, that of its
+    final observation under the state that the stored one leads to (detail 5)."""
     _, _, last, _ = agent.step(carry.obs, carry.state)
     values = torch.cat((rollout.value[1:], agent.return_stats.denormalize(last)[None]))  # [T, N]
     cut = rollout.truncated.nonzero(as_tuple=True)
@@ -566,8 +556,8 @@ def refresh_states(agent: Agent, rollout: Rollout) -> None:
 def ppo_loss(
     agent: Agent, rollout: Rollout, segments: Segments, space: gym.Space, args: Args, num_steps: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped loss of a minibatch (eq. 7, 9), and metrics. All are sums over the minibatch's real steps divided by
-    `num_steps`, the real steps of an average minibatch over all processes: every step of the rollout weighs the same."""
+    """PPO's clipped loss (eq. 7, 9) of a minibatch, and metrics: sums over its real steps divided by `num_steps`, the
+    real steps of an average minibatch, so that every step of the rollout weighs the same (detail 3)."""
     real = segments.index[segments.mask]  # [M]
 
     def take(x: Tensor, index: Tensor = real) -> Tensor:
@@ -640,52 +630,20 @@ def future(history: deque[Rollout], index: Tensor, horizon: int) -> tuple[Tensor
 def predictor_loss(
     agent: Agent, predictor: Predictor, history: deque[Rollout], args: Args, generator: torch.Generator
 ) -> Tensor:
-    """Mean squared error of forecasts from about `predictor_samples` steps of the oldest rollout, whose futures are
-    known. Their features are recomputed by `unroll`: from single steps if the extractor is frozen, else from segments."""
+    """Mean squared error of forecasts from about `predictor_samples` steps of the oldest rollout. Their features are
+    recomputed by `unroll`, from single steps if the extractor is frozen, else from segments, with gradients."""
     rollout = history[0]
     segments = cut_segments(rollout.start, 1 if args.freeze_extractor else args.bptt_length)
-    share = min(1.0, predictor_samples(args) / rollout.start.numel())
-    segments = next(minibatches(segments, max(1, round(1 / share)), generator))
+    parts = max(1, round(rollout.start.numel() / predictor_samples(args)))
+    segments = next(minibatches(segments, parts, generator))
     real = segments.index[segments.mask]  # [B]
+    obs, state = rollout.obs.flatten(0, 1), rollout.state.flatten(0, 1)
     with torch.set_grad_enabled(not args.freeze_extractor):
-        first_states = rollout.state.flatten(0, 1)[segments.index[0]]
-        features = agent.unroll(rollout.obs.flatten(0, 1)[segments.index], first_states)[0][segments.mask]
+        features = agent.unroll(obs[segments.index], state[segments.index[0]])[0][segments.mask]  # [B, F]
     target, mask = future(history, real, args.horizon)  # [B, H, D], [B, H]
-    forecast = predictor(features, agent.normalize_obs(rollout.obs.flatten(0, 1)[real]))
+    forecast = predictor(features, agent.normalize_obs(obs[real]))
     error = (forecast - agent.normalize_obs(target)).square().mean(-1)  # [B, H]
     return (error * mask).sum() / all_sum(mask.sum().float())
-
-
-def make_predictor_optimizer(agent: Agent, predictor: Predictor, args: Args) -> torch.optim.Optimizer:
-    """Adam for the head and, unless it is frozen, the extractor, whose share is a step size: Adam cancels a factor of the
-    loss."""
-    groups = [{"params": predictor.head.parameters(), "lr": args.predictor_learning_rate}]
-    if not args.freeze_extractor:
-        lr = args.predictor_learning_rate * args.predictor_loss_weight
-        groups.append({"params": agent.extractor_parameters(), "lr": lr})
-    return torch.optim.Adam(groups, fused=True)
-
-
-def train_predictor(
-    agent: Agent,
-    predictor: Predictor,
-    optimizer: torch.optim.Optimizer,
-    history: deque[Rollout],
-    args: Args,
-    generator: torch.Generator,
-) -> float:
-    """One minibatch per PPO epoch; the mean loss."""
-    weights, losses = [weight for group in optimizer.param_groups for weight in group["params"]], []
-    for _ in range(args.update_epochs):
-        loss = predictor_loss(agent, predictor, history, args, generator)
-        optimizer.zero_grad()
-        loss.backward()
-        for weight in weights:
-            all_sum(weight.grad)
-        nn.utils.clip_grad_norm_(weights, args.max_grad_norm, error_if_nonfinite=True)
-        optimizer.step()
-        losses.append(all_sum(loss.detach()))
-    return float(torch.stack(losses).mean())
 
 
 def predictor_samples(args: Args) -> int:
@@ -699,8 +657,8 @@ def history_length(args: Args) -> int:
 
 def planned_bytes(args: Args, obs_size: int) -> int:
     """Memory of the rollouts and, roughly, of a predictor minibatch."""
-    layers = args.lstm_layers if args.recurrent else 0
-    rollouts = history_length(args) * args.num_steps * args.num_envs * (2 * obs_size + 2 * layers * args.lstm_hidden)
+    state_size = 2 * args.lstm_layers * args.lstm_hidden
+    rollouts = history_length(args) * args.num_steps * args.num_envs * (2 * obs_size + state_size)
     return 4 * (
         rollouts + args.predictor * args.horizon * obs_size * (6 * predictor_samples(args) + 4 * args.lstm_hidden)
     )
@@ -719,33 +677,40 @@ def drift(agent: Agent, predictor: Predictor, rollout: Rollout) -> float:
 
 
 class Skill(NamedTuple):
-    """Squared forecast errors by episode and step ahead, summed over `count` [E, H] forecasts and averaged over entries,
-    of the predictor and of three trivial forecasts, each [E, H]."""
+    """Squared forecast errors [E, H] by episode and steps ahead: averaged over entries, summed over `count` forecasts."""
 
     count: Tensor
     predictor: Tensor
-    persistence: Tensor  # nothing changes
-    velocity: Tensor  # the last change goes on
-    mean: Tensor  # the running mean of all observations
+    persistence: Tensor  # a trivial forecast: nothing changes
+    velocity: Tensor  # … the last change goes on
+    mean: Tensor  # … the running mean of all observations
 
     def rmse(self) -> Tensor:
-        """Root mean squared error of the predictor [H], in standard deviations of the observations; NaN = no data."""
+        """Root mean squared error [H] of the predictor, in standard deviations of the observations; NaN = no data."""
         return (self.predictor.sum(0) / self.count.sum(0)).sqrt()
 
     def skill(self) -> Tensor:
         """1 − MSE / MSE of the best trivial forecast [H]: 1 = perfect, 0 = no better than that."""
-        trivial = torch.stack((self.persistence, self.velocity, self.mean)).sum(1).min(0).values
-        return 1 - self.predictor.sum(0) / trivial
+        trivial = torch.stack((self.persistence, self.velocity, self.mean)).sum(1)  # [3, H]
+        return 1 - self.predictor.sum(0) / trivial.min(0).values
 
 
 @torch.no_grad()
-def forecast_skill(agent: Agent, predictor: Predictor, episodes: list[Tensor], steps: int = 64) -> Skill:
-    """Errors on whole episodes, each [length + 1, D] raw observations with the final one, at `steps` moments of each."""
+def replay(agent: Agent, episode: Tensor) -> tuple[Tensor, Tensor]:
+    """A whole episode of raw observations [length + 1, D] -> normalised ones, and the features [length, F] before each
+    step."""
+    features, *_ = agent.unroll(episode[:-1, None], agent.initial_state(1))
+    return agent.normalize_obs(episode), features[:, 0]
+
+
+@torch.no_grad()
+def forecast_skill(agent: Agent, predictor: Predictor, episodes: list[Tensor], moments: int = 64) -> Skill:
+    """Errors of forecasts from `moments` steps of each episode [length + 1, D]."""
     rows = []
     for episode in episodes:
-        obs, length = agent.normalize_obs(episode), len(episode) - 1
-        features = agent.unroll(episode[:-1, None], agent.initial_state(1))[0][:, 0]  # [length, F]
-        t = torch.linspace(0, length - 1, min(steps, length), device=obs.device).long()  # [B]
+        obs, features = replay(agent, episode)
+        length = len(features)
+        t = torch.linspace(0, length - 1, min(moments, length), device=obs.device).long()  # [B]
         ahead = torch.arange(1, predictor.horizon + 1, device=obs.device)  # [H]
         mask = t[:, None] + ahead <= length  # [B, H]
         target = obs[(t[:, None] + ahead).clamp(max=length)]  # [B, H, D]
@@ -756,29 +721,27 @@ def forecast_skill(agent: Agent, predictor: Predictor, episodes: list[Tensor], s
     return Skill(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
 
-def forecast_figure(agent: Agent, predictor: Predictor, episodes: list[Tensor], names: list[str], skill: Tensor):
-    """A matplotlib figure: the leading entries of the longest episode with forecasts from four of its moments, and the
-    skill over the steps ahead."""
+def forecast_figure(agent: Agent, predictor: Predictor, episode: Tensor, names: list[str], skill: Tensor):
+    """A matplotlib figure: up to four entries of an episode with forecasts from four moments, and skill by steps ahead."""
     from matplotlib.figure import Figure
 
-    episode = max(episodes, key=len)
+    obs, features = replay(agent, episode)
+    t = torch.arange(0, len(features), max(1, len(features) // 4))[:4]
     with torch.no_grad():
-        obs = agent.normalize_obs(episode)
-        features = agent.unroll(episode[:-1, None], agent.initial_state(1))[0][:, 0]
-        forecast = predictor(features, obs[:-1]) if len(obs) < 2000 else predictor(features[:2000], obs[:2000])
-    figure = Figure(figsize=(10, 2 * min(5, len(names) + 1)), layout="constrained")
-    axes = figure.subplots(min(5, len(names) + 1), 1)
-    for i, axis in enumerate(axes[:-1]):
-        axis.plot(obs[:, i].cpu(), color="black", linewidth=1, label="actual")
-        for j, t in enumerate(range(0, len(forecast), max(1, len(forecast) // 4))):
-            ahead = range(t + 1, min(t + 1 + predictor.horizon, len(obs)))
-            axis.plot(ahead, forecast[t, : len(ahead), i].cpu(), color=f"C{j}", label=f"forecast at step {t}")
-        axis.set_ylabel(names[i])
+        forecasts = predictor(features[t], obs[t])  # [4, H, D]
+    figure = Figure(figsize=(10, 10), layout="constrained")
+    *axes, bottom = figure.subplots(min(4, len(names)) + 1)
+    for i, axis in enumerate(axes):
+        axis.plot(obs[:, i].cpu(), color="black", label="actual")
+        for start, forecast in zip(t.tolist(), forecasts.cpu(), strict=True):
+            ahead = range(start + 1, min(start + 1 + predictor.horizon, len(obs)))
+            axis.plot(ahead, forecast[: len(ahead), i], label=f"forecast at step {start}")
+        axis.set_ylabel(f"{names[i]} (std)")
     axes[0].legend(fontsize="small", ncols=5)
-    axes[-2].set_xlabel("step of the episode (observations in standard deviations)")
-    axes[-1].plot(range(1, predictor.horizon + 1), skill.cpu())
-    axes[-1].axhline(0, color="black", linewidth=0.5)
-    axes[-1].set(xlabel="steps ahead", ylabel="skill", ylim=(-1, 1))
+    axes[-1].set_xlabel("step of the episode")
+    bottom.plot(range(1, predictor.horizon + 1), skill.cpu())
+    bottom.axhline(0, color="black", linewidth=0.5)
+    bottom.set(xlabel="steps ahead", ylabel="skill", ylim=(-1, 1))
     return figure
 
 
@@ -793,52 +756,42 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(
-    agent: Agent,
-    args: Args,
-    policy: Literal["agent", "memoryless", "random"] = "agent",
-    record: bool = False,
-    video_dir: Path | None = None,
+    agent: Agent, args: Args, policy: str = "agent", record: bool = False, video_dir: Path | None = None
 ) -> Evaluation:
-    """Plays `eval_episodes` episodes, equally many on each environment (a fixed time would favour short ones). The
-    memoryless policy is the agent with its state zeroed before every step."""
-    num_envs = min(args.eval_episodes, args.num_envs)
+    """Plays `eval_episodes` episodes, as many on each environment (a fixed time would favour short ones). Policies are
+    `agent`, `random`, and `memoryless`: the agent with its state zeroed before every step."""
+    num_envs, seed = min(args.eval_episodes, args.num_envs), args.seed + 1_000_000
     envs = make_envs(args, num_envs, video_dir)
-    space, device, seed = envs.single_action_space, agent.critic.weight.device, args.seed + 1_000_000
-    generator = torch.Generator(device).manual_seed(seed)
     envs.action_space.seed(seed)
-    obs, action_mask = observe(envs, *envs.reset(seed=seed), device)
-    state, left = agent.initial_state(num_envs), np.full(num_envs, args.eval_episodes // num_envs)
-    left[: args.eval_episodes % num_envs] += 1
-    returns, lengths, ended, episodes = np.zeros(num_envs), np.zeros(num_envs, int), [], []
-    seen = [[obs[n]] for n in range(num_envs)]
+    space, carry = envs.single_action_space, reset(envs, agent, seed)
+    generator = torch.Generator(carry.obs.device).manual_seed(seed)
+    left = np.array([len(range(n, args.eval_episodes, num_envs)) for n in range(num_envs)])  # episodes to play
+    seen, ended, episodes = [[obs] for obs in carry.obs], [], []
     while left.any():
-        if policy == "memoryless":
-            state = torch.zeros_like(state)
-        _, params, _, state = agent.step(obs, state, action_mask)
-        if policy == "random" and action_mask is None:
-            action = envs.action_space.sample()
-        elif policy == "random":
-            action = env_action(sample(torch.log(action_mask.float()), space, generator)[0], space)
-        else:
-            action = env_action(sample(params, space, None if args.eval_deterministic else generator)[0], space)
-        raw, reward, terminated, truncated, infos = envs.step(action)
-        obs, action_mask = observe(envs, raw, infos, device)
-        returns += reward
-        lengths += 1
-        done = terminated | truncated
+        state = torch.zeros_like(carry.state) if policy == "memoryless" else carry.state
+        _, params, _, carry.state = agent.step(carry.obs, state, carry.action_mask)
+        if policy == "random" and carry.action_mask is not None:
+            params = carry.action_mask.float().log()
+        action, _ = sample(params, space, None if args.eval_deterministic and policy != "random" else generator)
+        uniform = policy == "random" and carry.action_mask is None
+        step = envs.step(envs.action_space.sample() if uniform else env_action(action, space))
+        obs, reward, terminated, truncated, infos = step
+        carry.obs, carry.action_mask = observe(envs, obs, infos, carry.obs.device)
+        carry.returns += reward
+        carry.lengths += 1
         for n in range(num_envs) if record else ():
-            seen[n].append(obs[n])
-        for n in np.flatnonzero(done):
-            if left[n]:
-                ended.append((returns[n], lengths[n]))
-                if record:
-                    last = gym.spaces.flatten(envs.single_observation_space, infos["final_obs"][n])
-                    seen[n][-1] = torch.from_numpy(last).float().to(device)
-                    episodes.append(torch.stack(seen[n]))
-                left[n] -= 1
-            seen[n], state[n], returns[n], lengths[n] = [obs[n]], 0, 0, 0
+            seen[n].append(carry.obs[n])
+        for n in np.flatnonzero((terminated | truncated) & (left > 0)):
+            left[n] -= 1
+            ended.append((carry.returns[n], carry.lengths[n]))
+            carry.state[n], carry.returns[n], carry.lengths[n] = 0, 0, 0
+            if record:
+                seen[n][-1] = final_observation(envs, infos, n, carry.obs.device)
+                episodes.append(torch.stack(seen[n]))
+                seen[n] = [carry.obs[n]]
     envs.close()
-    return Evaluation(*(np.array(column) for column in zip(*ended, strict=True)), episodes)
+    returns, lengths = np.array(ended).T
+    return Evaluation(returns, lengths, episodes)
 
 
 # --- save, load
@@ -856,107 +809,99 @@ class Progress:
     before: float = math.nan  # mean return of the untrained agent
 
 
-def pack(parts: dict, progress: Progress, args: Args) -> dict:
-    """Everything that a run needs to go on, as tensors and plain types."""
-    states = {
-        name: part.get_state() if isinstance(part, torch.Generator) else part.state_dict()
-        for name, part in parts.items()
-    }
-    return states | {"progress": asdict(progress), "args": asdict(args)}
-
-
-def unpack(state: dict, parts: dict) -> Progress:
-    for name, part in parts.items():
-        part.set_state(state[name].cpu()) if isinstance(part, torch.Generator) else part.load_state_dict(state[name])
-    return Progress(**state["progress"])
-
-
-def save(path: Path, state: dict) -> None:
-    """Writes a checkpoint such that a crash at any moment leaves the old one or the new one, never half of one."""
+def save(path: Path, parts: dict, progress: Progress, args: Args) -> None:
+    """Writes a checkpoint of tensors and plain types; a crash at any moment leaves the old file or the new one whole."""
+    state = {name: part.get_state() if name.startswith("rng") else part.state_dict() for name, part in parts.items()}
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
-        torch.save(state, file)
+        torch.save(state | {"progress": asdict(progress), "args": asdict(args)}, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
-def load(path: str | Path, args: Args | None = None, device: torch.device | str = "cpu") -> dict:
-    """Reads a checkpoint without running any code that a stranger may have put into it; with `args`, one whose networks
-    and environment must be theirs."""
+def load(path: str | Path, args: Args | None = None) -> dict:
+    """Reads a checkpoint without running any code that a stranger may have put into it. With `args`, its networks and
+    environment must be theirs."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         saved = state["args"]
     except Exception as error:
         raise InputError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
     if unknown := set(saved) ^ {item.name for item in fields(Args)}:
         raise InputError(f"{path} is a checkpoint of another script, with or without {', '.join(sorted(unknown))}")
-    for name in "env_id env_kwargs visible recurrent lstm_hidden lstm_layers horizon".split() if args else ():
+    same = ["env_id", "env_kwargs", "visible", "recurrent", "lstm_hidden", "lstm_layers", "horizon", "freeze_extractor"]
+    for name in same if args else ():
         if saved[name] != getattr(args, name):
             raise InputError(f"{path} has {name} {saved[name]}, not {getattr(args, name)}")
     return state
 
 
-def transfer(state: dict, modules: dict[str, nn.Module]) -> None:
-    """Copies those weights of a checkpoint whose names and shapes fit, and names the others."""
-    for part, module in modules.items():
-        own = module.state_dict()
-        fits = {name: x for name, x in state[part].items() if name in own and own[name].shape == x.shape}
-        if others := sorted(own.keys() - fits.keys()):
-            print(f"not taken from the checkpoint: {part} {', '.join(others)}", file=sys.stderr)
-        module.load_state_dict(own | fits)
+def restore(parts: dict, state: dict) -> Progress:
+    try:
+        for name, part in parts.items():
+            part.set_state(state[name]) if name.startswith("rng") else part.load_state_dict(state[name])
+    except RuntimeError as error:
+        raise InputError(f"the checkpoint does not fit: {' '.join(str(error).split())}") from error
+    return Progress(**state["progress"])
+
+
+def transfer(parts: dict, state: dict) -> None:
+    """Takes those weights of a checkpoint whose names and shapes fit, and names the others."""
+    for part in ("agent", "predictor"):
+        own = parts[part].state_dict()
+        fitting = {name: x for name, x in state[part].items() if name in own and own[name].shape == x.shape}
+        parts[part].load_state_dict(own | fitting)
+        for name in own.keys() - fitting.keys():
+            print(f"not taken from the checkpoint: {part} {name}", file=sys.stderr)
 
 
 def assess(agent: Agent, predictor: Predictor, args: Args, run_dir: Path, names: list[str]) -> dict[str, float]:
-    """Evaluates the policy, with and without memory, and the forecasts, and draws `forecast.png` in the run folder."""
+    """Evaluates the policy, with and without memory, and the forecasts; draws `forecast.png` in the run folder."""
     played = evaluate(agent, args, record=args.predictor, video_dir=run_dir / "videos" if args.capture_video else None)
-    scores = {"eval/episodic_return": played.returns.mean(), "eval/episodic_return_std": played.returns.std()}
-    scores["eval/episodic_length"] = played.lengths.mean()
-    scores["eval/return_memoryless"] = evaluate(agent, args, "memoryless").returns.mean()
+    scores = {
+        "eval/episodic_return": played.returns.mean(),
+        "eval/episodic_return_std": played.returns.std(),
+        "eval/episodic_length": played.lengths.mean(),
+        "eval/return_memoryless": evaluate(agent, args, "memoryless").returns.mean(),
+    }
     if args.predictor:
-        result = forecast_skill(agent, predictor, played.episodes)
+        errors = forecast_skill(agent, predictor, played.episodes)
+        rmse, skill = errors.rmse(), errors.skill()
         for k in sorted({k for k in (1, 10, 50, args.horizon) if k <= args.horizon}):
-            scores[f"predictor/rmse_k{k}"] = result.rmse()[k - 1]
-            scores[f"predictor/skill_k{k}"] = result.skill()[k - 1]
-        forecast_figure(agent, predictor, played.episodes, names, result.skill()).savefig(
-            run_dir / "forecast.png", dpi=100
-        )
+            scores |= {f"predictor/rmse_k{k}": rmse[k - 1], f"predictor/skill_k{k}": skill[k - 1]}
+        longest = max(played.episodes, key=len)
+        forecast_figure(agent, predictor, longest, names, skill).savefig(run_dir / "forecast.png", dpi=100)
     return {name: float(score) for name, score in scores.items()}
 
 
-def evaluate_checkpoint(args: Args, device: torch.device) -> dict:
-    state = load(args.evaluate, args, device)
-    env = make_env(args)
-    names = entry_names(env.observation_space)
-    agent = Agent(len(names), env.action_space, args).to(device)
-    predictor = Predictor(agent.hidden_size, len(names), args.horizon).to(device)
-    agent.load_state_dict(state["agent"])
-    predictor.load_state_dict(state["predictor"])
-    progress, run_dir = Progress(**state["progress"]), Path(args.evaluate).parent
-    return summary(assess(agent, predictor, args, run_dir, names), progress, args, run_dir)
-
-
 def summary(scores: dict[str, float], progress: Progress, args: Args, run_dir: Path) -> dict:
-    """The closing JSON object."""
-    return {
-        "run_dir": str(run_dir),
-        "global_step": progress.global_step,
-        "sps": scores.get("charts/SPS"),
-        "train_return_mean": float(np.mean(progress.recent)) if progress.recent else None,
+    """The closing JSON object; None where there is no number."""
+    numbers = {
+        "sps": scores.get("charts/SPS", math.nan),
+        "train_return_mean": float(np.mean(progress.recent or [math.nan])),
         "eval_return_mean": scores["eval/episodic_return"],
         "eval_return_std": scores["eval/episodic_return_std"],
-        "eval_episodes": args.eval_episodes,
         "eval_return_memoryless": scores["eval/return_memoryless"],
         "random_return_mean": progress.random,
         "before_return_mean": progress.before,
     } | {name.replace("/", "_"): score for name, score in scores.items() if name.startswith("predictor/")}
+    known = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+    return {"run_dir": str(run_dir), "global_step": progress.global_step, "eval_episodes": args.eval_episodes} | known
 
 
 # --- train
 
+signals: list[int] = []  # SIGINT and SIGTERM received so far; read once per update
+
+
+def on_signal(number: int, frame) -> None:
+    signals.append(number)
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
 
 def setup(args: Args) -> tuple[torch.device, int, int]:
-    """Device, rank and number of processes (one, unless torchrun started more)."""
+    """Device, rank and number of processes: one, unless torchrun started more."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.torch_threads)
     torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
@@ -968,7 +913,7 @@ def setup(args: Args) -> tuple[torch.device, int, int]:
 
 
 def make_run_dir(args: Args) -> Path:
-    """The run's folder with its arguments and the code as it runs."""
+    """The run's folder, with its arguments and the code as it runs."""
     if args.resume:
         return Path(args.resume)
     env_name = args.env_id.replace("/", "-").replace(":", "-")
@@ -980,34 +925,18 @@ def make_run_dir(args: Args) -> Path:
     return run_dir
 
 
-def progress_bar(args: Args, progress: Progress, rank: int) -> tqdm:
-    """On standard error; where that is no terminal, a line every 30 s."""
-    terminal = sys.stderr.isatty()
-    bar_format = "{l_bar}{bar}{r_bar}" + ("" if terminal else "\n")
-    return tqdm(
-        total=args.total_timesteps,
-        initial=progress.global_step,
-        disable=rank > 0,
-        mininterval=0.1 if terminal else 30,
-        bar_format=bar_format,
-        unit="step",
-        unit_scale=True,
-    )
+def sum_and_clip(weights: list[nn.Parameter], max_norm: float) -> Tensor:
+    """Sums gradients over processes and clips them; their norm. Raises before any weight changes if it is not finite."""
+    for weight in weights:
+        all_sum(weight.grad)
+    return nn.utils.clip_grad_norm_(weights, max_norm, error_if_nonfinite=True)
 
 
 def mean_metrics(log: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Means over minibatches, summed over processes (each gives its share of the sum)."""
+    """Means over minibatches, summed over processes, each of which holds its share of the sum."""
     return {
         name: float(all_sum(torch.stack([entry[name] for entry in log]).mean())) for name in (log[0] if log else ())
     }
-
-
-def on_signal(number: int, frame) -> None:
-    signals.append(number)
-    signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-
-
-signals: list[int] = []  # SIGINT and SIGTERM received so far; read once per update
 
 
 def train(args: Args) -> dict:
@@ -1015,35 +944,50 @@ def train(args: Args) -> dict:
     asked for what cannot be; any other exception leaves the last checkpoint as it is."""
     check(args)
     device, rank, world = setup(args)
-    if args.evaluate:
-        return evaluate_checkpoint(args, device)
-    torch.manual_seed(args.seed)  # initial weights; whatever is random later draws from these two generators
-    generator = torch.Generator(device).manual_seed(args.seed + rank)
-    predictor_generator = torch.Generator(device).manual_seed(args.seed + rank)
-
     envs = make_envs(args, args.num_envs)
     space, names = envs.single_action_space, entry_names(envs.single_observation_space)
+    torch.manual_seed(args.seed)  # initial weights; whatever is random later draws from one of two generators
     agent = Agent(len(names), space, args).to(device)
     predictor = Predictor(agent.hidden_size, len(names), args.horizon).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
-    predictor_optimizer = make_predictor_optimizer(agent, predictor, args)
+    predictor_optimizer = torch.optim.Adam(predictor.parameters(), args.predictor_learning_rate, fused=True)
+    forecasting = list(predictor.parameters())  # weights that the forecast trains
+    if not args.freeze_extractor:
+        forecasting += agent.extractor_parameters()
+        lr = args.predictor_learning_rate * args.predictor_loss_weight
+        predictor_optimizer.add_param_group({"params": agent.extractor_parameters(), "lr": lr})
     initial_lrs = [(group, group["lr"]) for group in optimizer.param_groups + predictor_optimizer.param_groups]
-    parts = {"agent": agent, "predictor": predictor, "optimizer": optimizer, "predictor_optimizer": predictor_optimizer}
-    parts |= {"generator": generator, "predictor_generator": predictor_generator}
+    rng, predictor_rng = (torch.Generator(device).manual_seed(args.seed + rank) for _ in range(2))
+    parts = {"agent": agent, "optimizer": optimizer, "rng": rng}
+    parts |= {"predictor": predictor, "predictor_optimizer": predictor_optimizer, "rng_predictor": predictor_rng}
     progress = Progress()
-    if args.resume:
-        progress = unpack(load(f"{args.resume}/checkpoint.pt", args, device), parts)
-    elif args.init_from:
-        transfer(load(args.init_from, device=device), {"agent": agent, "predictor": predictor})
-    run_dir = make_run_dir(args) if rank == 0 else None
-    writer = SummaryWriter(run_dir, purge_step=progress.global_step + 1 if args.resume else None) if rank == 0 else None
+    if args.evaluate or args.resume:
+        progress = restore(parts, load(args.evaluate or f"{args.resume}/checkpoint.pt", args))
+    if args.evaluate:
+        run_dir = Path(args.evaluate).parent
+        return summary(assess(agent, predictor, args, run_dir, names), progress, args, run_dir)
+    if progress.global_step >= args.total_timesteps:
+        raise InputError(f"{args.resume} has its {progress.global_step} steps: --total-timesteps says how far to go")
+    if args.init_from:
+        transfer(parts, load(args.init_from))
     if rank == 0 and not args.resume:
         progress.random = float(evaluate(agent, args, "random").returns.mean())
         progress.before = float(evaluate(agent, args).returns.mean())
+    run_dir = make_run_dir(args) if rank == 0 else None
+    writer = SummaryWriter(run_dir, purge_step=progress.global_step + 1 if args.resume else None) if rank == 0 else None
+    terminal = sys.stderr.isatty()  # elsewhere the bar is a line every 30 s
+    bar = tqdm(
+        total=args.total_timesteps,
+        initial=progress.global_step,
+        disable=rank > 0,
+        mininterval=0.1 if terminal else 30,
+        bar_format="{l_bar}{bar}{r_bar}" + "\n" * (not terminal),
+        unit="step",
+        unit_scale=True,
+    )
 
     history = deque(maxlen=history_length(args))  # the last rollouts
     steps_per_update, steps_done, seconds, stop = world * args.num_envs * args.num_steps, 0, 0.0, False
-    bar = progress_bar(args, progress, rank)
     try:
         carry = reset(envs, agent, args.seed + rank * args.num_envs + 100_000 * progress.update)
         while progress.global_step < args.total_timesteps and not stop:
@@ -1053,7 +997,7 @@ def train(args: Args) -> dict:
             for group, initial_lr in initial_lrs:
                 group["lr"] = initial_lr * remaining
             rollout = Rollout(args, agent, len(names), space, carry.action_mask is not None, device)
-            episodes = collect(envs, agent, rollout, carry, generator)
+            episodes = collect(envs, agent, rollout, carry, rng)
             history.append(rollout)
             values_after, ends = next_values(agent, rollout, carry), (rollout.terminated, rollout.truncated)
             advantages, returns = gae(rollout.reward, rollout.value, values_after, *ends, args.gamma, args.gae_lambda)
@@ -1069,26 +1013,31 @@ def train(args: Args) -> dict:
             for epoch in range(args.update_epochs if agent.obs_stats.count else 0):
                 if epoch and args.refresh_states:
                     refresh_states(agent, rollout)
-                for batch in minibatches(segments, args.num_minibatches, generator):
+                for batch in minibatches(segments, args.num_minibatches, rng):
                     loss, metrics = ppo_loss(
                         agent, rollout, batch, space, args, steps_per_update / args.num_minibatches
                     )
                     optimizer.zero_grad()
                     loss.backward()
-                    for weight in agent.parameters():
-                        all_sum(weight.grad)
-                    norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, error_if_nonfinite=True)
+                    metrics["grad_norm"] = sum_and_clip(list(agent.parameters()), args.max_grad_norm) / world
                     optimizer.step()
-                    log.append(metrics | {"grad_norm": norm / world})
+                    log.append(metrics)
                 if args.target_kl and mean_metrics(log[-args.num_minibatches :])["approx_kl"] > args.target_kl:
                     break
+            scalars = {f"losses/{name}": mean for name, mean in mean_metrics(log).items()}
 
-            # --- predictor, from when the oldest rollout's future is known; statistics
-            scalars = {f"losses/{name}": x for name, x in mean_metrics(log).items()}
+            # --- predictor, as soon as the oldest rollout's future is known
             if args.predictor and len(history) == history.maxlen:
                 scalars["predictor/drift"] = drift(agent, predictor, rollout)
-                trained = agent, predictor, predictor_optimizer
-                scalars["predictor/loss"] = train_predictor(*trained, history, args, predictor_generator)
+                for _ in range(args.update_epochs):
+                    loss = predictor_loss(agent, predictor, history, args, predictor_rng)
+                    predictor_optimizer.zero_grad()
+                    loss.backward()
+                    sum_and_clip(forecasting, args.max_grad_norm)
+                    predictor_optimizer.step()
+                scalars["predictor/loss"] = float(all_sum(loss.detach()))
+
+            # --- statistics, counters
             agent.update_statistics(rollout.obs.flatten(0, 1), returns.flatten())
             progress.update, progress.global_step = progress.update + 1, progress.global_step + steps_per_update
             steps_done, seconds = steps_done + steps_per_update, seconds + time.perf_counter() - started
@@ -1101,24 +1050,27 @@ def train(args: Args) -> dict:
             if episodes:
                 scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0)
             if log:
-                scalars["losses/first_ratio_error"] = float(log[0]["ratio_error"])
+                scalars["losses/first_ratio_error"] = error = float(log[0]["ratio_error"])
+                if error > 1e-3:
+                    warnings.warn(
+                        f"first probability ratio off by {error:.1g}: rollout and update differ", stacklevel=1
+                    )
             scalars["losses/explained_variance"] = 1 - float((returns - rollout.value).var() / returns.var())
             scalars["charts/learning_rate"] = args.learning_rate * remaining
             scalars["charts/SPS"] = steps_done / seconds
+            recent = np.mean(progress.recent or [math.nan])
+            bar.set_postfix_str(f"{scalars['charts/SPS']:.0f} steps/s, return {recent:.1f}", refresh=False)
+            bar.update(steps_per_update)
             due = args.checkpoint_every and progress.update % args.checkpoint_every == 0
-            if (due or progress.global_step >= args.total_timesteps) and not stop:
+            if not stop and (due or progress.global_step >= args.total_timesteps):
                 scalars |= assess(agent, predictor, args, run_dir, names)
             for name, value in scalars.items():
                 writer.add_scalar(name, value, progress.global_step)
-            bar.set_postfix_str(
-                f"{scalars['charts/SPS']:.0f} steps/s, return {np.mean(progress.recent or [math.nan]):.1f}"
-            )
-            bar.update(steps_per_update)
+            if "eval/episodic_return" in scalars and scalars["eval/episodic_return"] > progress.best:
+                progress.best = scalars["eval/episodic_return"]
+                save(run_dir / "best.pt", parts, progress, args)
             if stop or "eval/episodic_return" in scalars:
-                better = scalars.get("eval/episodic_return", -math.inf) > progress.best
-                progress.best = max(progress.best, scalars.get("eval/episodic_return", -math.inf))
-                for name in ("checkpoint.pt", "best.pt") if better else ("checkpoint.pt",):
-                    save(run_dir / name, pack(parts, progress, args))
+                save(run_dir / "checkpoint.pt", parts, progress, args)
     finally:
         envs.close()
         if rank == 0:
@@ -1131,12 +1083,12 @@ def train(args: Args) -> dict:
 
 def main() -> None:
     args = tyro.cli(Args)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
     try:
-        if source := args.evaluate or args.resume and f"{args.resume}/checkpoint.pt":
+        if source := args.evaluate or (args.resume and f"{args.resume}/checkpoint.pt"):
             saved = load(source)["args"] | {"evaluate": args.evaluate, "resume": args.resume, "init_from": None}
             args = tyro.cli(Args, default=Args(**saved))
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, on_signal)
         result = train(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -1144,6 +1096,13 @@ def main() -> None:
     if signals:
         sys.exit(128 + signals[0])
     if result:
+        before, now = result["before_return_mean"], result["eval_return_mean"]
+        solved = gym.spec(args.env_id).reward_threshold
+        print(
+            f"random policy {result['random_return_mean']:.0f} | before {before:.0f} | now {now:.0f} | solved {solved}"
+        )
+        print(f"watch: tensorboard --logdir {args.runs_dir}")
+        print(f"evaluate: python {sys.argv[0]} --evaluate {result['run_dir']}/checkpoint.pt")
         print(json.dumps(result))
 
 
