@@ -608,7 +608,7 @@ class Predictor(nn.Module):
         self.head = nn.Linear(feature_size + obs_size, horizon * obs_size)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.recent_error = RunningMeanStd((), memory=50)  # log one-step error on fresh rollouts, for the drift
+        self.recent_error = RunningMeanStd((), memory=20)  # log one-step error on fresh rollouts, for the drift
 
     def forward(self, features: Tensor, obs: Tensor) -> Tensor:
         change = self.head(torch.cat((features, obs), -1)).unflatten(-1, (self.horizon, self.obs_size))

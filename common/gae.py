@@ -23,7 +23,7 @@ def gae(
             future. Where both are set, terminated wins.
     """
     delta = rewards + gamma * next_values * ~terminated - values  # [T, N]
-    carry_on = gamma * gae_lambda * ~(terminated | truncated)  # [T, N]
+    carry_on = gamma * gae_lambda * (~(terminated | truncated)).to(delta)  # [T, N]
     advantages = torch.empty_like(delta)
     advantage = torch.zeros_like(delta[0])  # [N]
     for t in reversed(range(len(delta))):

@@ -1,0 +1,73 @@
+"""Fixed-wing velocity-vector control: the F-16 of the package `flycraft` (x86-64 Linux and Windows).
+
+The goal is a velocity vector: speed v, flight-path angle mu and heading chi. Two tasks:
+
+    environments.flycraft:FlyCraftEasy-v0    v 150 to 250 m/s, mu within 10 degrees, chi within 30
+    environments.flycraft:FlyCraft-v0        v 100 to 300 m/s, mu within 90 degrees, chi within 180
+
+Actions are roll rate [-180, 180] degrees/s, load factor [-4, 9] and throttle [0, 1], at 10 Hz for at most 400 steps.
+An episode's last info says `is_success`.
+"""
+
+import contextlib
+import io
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box, Dict
+
+try:
+    from flycraft.env import FlyCraftEnv
+except ImportError as error:
+    raise ImportError("FlyCraft is not installed: pip install -r requirements-envs.txt") from error
+
+GOALS = {
+    "FlyCraftEasy-v0": {"v_min": 150, "v_max": 250, "mu_min": -10, "mu_max": 10, "chi_min": -30, "chi_max": 30},
+    "FlyCraft-v0": {"v_min": 100, "v_max": 300, "mu_min": -90, "mu_max": 90, "chi_min": -180, "chi_max": 180},
+}
+ANGLES = {  # entries in degrees
+    "observation": [0, 1, 2, 4, 5],  # of phi, theta, psi, v, mu, chi, p, h
+    "desired_goal": [1, 2],  # of v, mu, chi
+    "achieved_goal": [1, 2],
+}
+
+
+class FlyCraft(gym.Wrapper):
+    """The package's environment without its printing and its bulky infos, with angles as sine and cosine (no jump at
+    180 degrees), and with a timeout that only truncates (the package also calls it terminated)."""
+
+    def __init__(self, goal: dict[str, float]):
+        with contextlib.redirect_stdout(io.StringIO()):
+            super().__init__(FlyCraftEnv(custom_config={"debug_mode": False, "goal": goal}))
+        parts = self.env.observation_space.spaces
+        self.observation_space = Dict(
+            {name: Box(-np.inf, np.inf, (part.shape[0] + len(ANGLES[name]),)) for name, part in parts.items()}
+        )
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        obs, _ = self.env.reset(seed=seed, options=options)
+        return self.encode(obs), {}
+
+    def step(self, action: np.ndarray):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        if info.get("termination") == "timeout_termination":
+            terminated, truncated = False, True
+        return self.encode(obs), float(reward), terminated, truncated, {"is_success": info["is_success"]}
+
+    def encode(self, obs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Each part: what is no angle, then the sines, then the cosines."""
+        parts = {}
+        for name, values in obs.items():
+            angles = np.deg2rad(values[ANGLES[name]])
+            rest = np.delete(values, ANGLES[name])
+            parts[name] = np.concatenate((rest, np.sin(angles), np.cos(angles))).astype(np.float32)
+        return parts
+
+
+def make(goal: dict[str, float]) -> gym.Env:
+    return FlyCraft(goal)
+
+
+gym.registry.pop("FlyCraft-v0", None)  # the package's own, whose goals depend on a configuration file
+for name, goal in GOALS.items():
+    gym.register(name, entry_point=make, kwargs={"goal": goal})

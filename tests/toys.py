@@ -1,0 +1,98 @@
+"""Toy environments with known episodes, registered as `toys:Toy-v0`, and small helpers of the tests."""
+
+import os
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.spaces import Box, Discrete, MultiDiscrete
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ACTION_SPACES = {
+    "discrete": Discrete(3, start=2),
+    "multidiscrete": MultiDiscrete([2, 4]),
+    "box": Box(np.array([-2.0, 0.0, -np.inf]), np.array([2.0, 10.0, np.inf]), dtype=np.float32),
+}
+
+
+class Toy(gym.Env):
+    """Observation: step in the episode, the previous observation's noise plus the last action, new noise, 1. Episodes last
+    `lengths` steps in turn and end as `ends` says in turn: terminated, truncated or both. `fault` strikes at step
+    `fault_step` of the environment's life: raise, die, nan, nan_reward."""
+
+    def __init__(self, lengths=(5,), ends=("terminated",), action="discrete", masked=False, fault="", fault_step=0):
+        self.observation_space = Box(-np.inf, np.inf, (4,))
+        self.action_space = ACTION_SPACES[action]
+        self.lengths, self.ends, self.masked, self.fault, self.fault_step = lengths, ends, masked, fault, fault_step
+        self.episode, self.life = -1, 0
+
+    def info(self):
+        if not self.masked:
+            return {}
+        mask = self.np_random.random(6 if isinstance(self.action_space, MultiDiscrete) else 3) < 0.5
+        mask[[0, 2]] = True
+        if self.masked == "nothing":
+            mask[:] = False
+        return {"action_mask": mask.astype(np.int8)}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.t = self.episode + 1, 0
+        self.obs = np.array([0, 0, self.np_random.normal(), 1], np.float32)
+        return self.obs, self.info()
+
+    def step(self, action):
+        self.t, self.life = self.t + 1, self.life + 1
+        struck = self.life == self.fault_step
+        if struck and self.fault == "raise":
+            raise RuntimeError("the rotor fell off")
+        if struck and self.fault == "die":
+            os._exit(1)
+        noise = np.nan if struck and self.fault == "nan" else self.np_random.normal()
+        self.obs = np.array([self.t, self.obs[2] + np.sum(action), noise, 1], np.float32)
+        done = self.t >= self.lengths[self.episode % len(self.lengths)]
+        end = self.ends[self.episode % len(self.ends)]
+        reward = np.nan if struck and self.fault == "nan_reward" else float(self.obs[1])
+        return self.obs, reward, done and end != "truncated", done and end != "terminated", self.info()
+
+
+class Pendulum(gym.Env):
+    """A damped pendulum that ignores the policy; `gravity` changes its dynamics."""
+
+    gravity = 1.0
+
+    def __init__(self):
+        self.observation_space, self.action_space = Box(-np.inf, np.inf, (2,)), Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.t = self.np_random.normal(size=2), 0
+        return self.x.astype(np.float32), {}
+
+    def step(self, action):
+        self.x = self.x + 0.2 * np.array([self.x[1], -Pendulum.gravity * np.sin(self.x[0])])
+        self.t += 1
+        return self.x.astype(np.float32), 0.0, False, self.t >= 50, {}
+
+
+gym.register("Toy-v0", entry_point=Toy)
+gym.register("ToyPendulum-v0", entry_point=Pendulum)
+
+
+def scalars(run_dir: str | Path) -> dict[str, list[tuple[int, float]]]:
+    """All TensorBoard scalars of a run: tag -> [(step, value), …]."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def same_but_for_time(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for tag in a.keys() - {"charts/SPS"}:
+        np.testing.assert_array_equal(a[tag], b[tag], err_msg=tag)
+
+
+def gradients(loss: torch.Tensor, agent: torch.nn.Module) -> torch.Tensor:
+    agent.zero_grad()
+    loss.backward()
+    return torch.cat([weight.grad.flatten() for weight in agent.parameters()])
