@@ -169,8 +169,8 @@ def check(args: Args) -> None:
         env = make_env(args)
         names, space = entry_names(env.observation_space), env.action_space
         env.close()
-    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
-        raise InputError(f"{args.env_id}: {' '.join(str(error).split())}") from error
+    except Exception as error:
+        raise InputError(f"{args.env_id}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     need(isinstance(space, (Box, Discrete, MultiDiscrete)), f"{args.env_id}: no support for actions in {space}")
     for i in args.visible or ():
         need(0 <= i < len(names), f"--visible {i}: the entries of {args.env_id} are 0 to {len(names) - 1}")
@@ -479,6 +479,9 @@ def collect(envs: VectorEnv, agent: Agent, rollout: Rollout, carry: Carry, gener
         try:
             obs, reward, terminated, truncated, infos = envs.step(env_action(action, space))
         except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+            for process in envs.processes:  # Gymnasium's close would wait for the dead one
+                process.terminate()
+            envs.closed = True
             raise RuntimeError("the process of an environment died") from error
         carry.obs, carry.action_mask = observe(envs, obs, infos, device)
         rollout.reward[t], rollout.next_obs[t] = torch.from_numpy(finite(reward, "reward")), carry.obs
@@ -608,7 +611,7 @@ class Predictor(nn.Module):
         self.head = nn.Linear(feature_size + obs_size, horizon * obs_size)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.recent_error = RunningMeanStd((), memory=20)  # log one-step error on fresh rollouts, for the drift
+        self.recent_error = RunningMeanStd((), memory=50)  # of `drift`
 
     def forward(self, features: Tensor, obs: Tensor) -> Tensor:
         change = self.head(torch.cat((features, obs), -1)).unflatten(-1, (self.horizon, self.obs_size))
@@ -666,12 +669,12 @@ def planned_bytes(args: Args, obs_size: int) -> int:
 
 @torch.no_grad()
 def drift(agent: Agent, predictor: Predictor, rollout: Rollout) -> float:
-    """How unusual the forecasts' one-step error on the newest rollout is, as a z-score of its logarithm among earlier
-    rollouts'. A change in the environment's dynamics raises it."""
-    obs, state = rollout.obs.flatten(0, 1)[::8], rollout.state.flatten(0, 1)[::8]
+    """How unusual the one-step forecasts of a fresh rollout are: the z-score, among the last 50, of the logarithm of
+    their squared error. A change in the environment's dynamics raises it."""
+    obs, state, after = (x[::8].flatten(0, 1) for x in (rollout.obs, rollout.state, rollout.next_obs))
     forecast = predictor(agent.step(obs, state)[0], agent.normalize_obs(obs))[:, 0]
-    log_error = (forecast - agent.normalize_obs(rollout.next_obs.flatten(0, 1)[::8])).square().mean().log()
-    z = float(predictor.recent_error.normalize(log_error))
+    log_error = ((forecast - agent.normalize_obs(after)).square().mean() + 1e-8).log()
+    z = float(predictor.recent_error.normalize(log_error)) if predictor.recent_error.count >= 10 else 0.0
     predictor.recent_error.update(log_error[None])
     return z
 
@@ -1097,7 +1100,7 @@ def main() -> None:
         sys.exit(128 + signals[0])
     if result:
         before, now = result["before_return_mean"], result["eval_return_mean"]
-        solved = gym.spec(args.env_id).reward_threshold
+        solved = gym.spec(args.env_id.split(":")[-1]).reward_threshold
         print(
             f"random policy {result['random_return_mean']:.0f} | before {before:.0f} | now {now:.0f} | solved {solved}"
         )

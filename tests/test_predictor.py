@@ -141,8 +141,8 @@ def test_11_learns_to_forecast_a_pendulum_and_notices_another(script, tmp_path, 
         return drifts[-1]
 
     monkeypatch.setattr(script, "drift", drift)
-    run = {"num_envs": 4, "num_steps": 50, "total_timesteps": 200 * 54, "checkpoint_every": 50, "anneal_lr": False}
+    run = {"num_envs": 4, "num_steps": 50, "total_timesteps": 200 * 54, "checkpoint_every": 50}
+    run |= {"update_epochs": 16, "num_minibatches": 1, "predictor_learning_rate": 1e-2, "predictor_samples": 100}
     result = small_run(script, tmp_path, "run", env_id="toys:ToyPendulum-v0", env_kwargs="{}", horizon=5, **run)
-    assert np.max(drifts[20:50]) < 2 < np.min(drifts[50:53])
-    skill = scalars(result["run_dir"])["predictor/skill_k1"]
-    assert skill[0][0] == 200 * 50 and skill[0][1] > 0.3  # before the change
+    assert np.max(drifts[20:50]) < 2.5 < np.min(drifts[50:52])
+    assert scalars(result["run_dir"])["predictor/skill_k5"][0][1] > 0.3  # at step 10,000, before the change

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ACTION_SPACES = {
     "discrete": Discrete(3, start=2),
     "multidiscrete": MultiDiscrete([2, 4]),
-    "box": Box(np.array([-2.0, 0.0, -np.inf]), np.array([2.0, 10.0, np.inf]), dtype=np.float32),
+    "box": Box(np.array([-2, 0, -np.inf], np.float32), np.array([2, 10, np.inf], np.float32)),
 }
 
 
@@ -58,7 +58,7 @@ class Toy(gym.Env):
 
 
 class Pendulum(gym.Env):
-    """A damped pendulum that ignores the policy; `gravity` changes its dynamics."""
+    """A pendulum (angle, velocity) that ignores the policy; `gravity` changes its dynamics."""
 
     gravity = 1.0
 
@@ -67,11 +67,12 @@ class Pendulum(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.x, self.t = self.np_random.normal(size=2), 0
+        self.x, self.t = 0.5 * self.np_random.normal(size=2), 0
         return self.x.astype(np.float32), {}
 
     def step(self, action):
-        self.x = self.x + 0.2 * np.array([self.x[1], -Pendulum.gravity * np.sin(self.x[0])])
+        self.x[1] -= 0.2 * Pendulum.gravity * np.sin(self.x[0])
+        self.x[0] += 0.2 * self.x[1]
         self.t += 1
         return self.x.astype(np.float32), 0.0, False, self.t >= 50, {}
 
