@@ -84,7 +84,7 @@ class Args:
     # --- PPO
     total_timesteps: int = 500_000
     """environment steps to train for, over all environments and processes"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Adam's step size"""
     num_envs: int = 16
     """environments of each process"""
@@ -92,7 +92,7 @@ class Args:
     """steps of each environment per rollout"""
     anneal_lr: bool = True
     """lower the learning rate linearly to 0"""
-    gamma: float = 0.99
+    gamma: float = 0.995
     """discount factor"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
@@ -106,7 +106,7 @@ class Args:
     """clip range of the probability ratio"""
     clip_vloss: bool = False
     """clip the value loss with clip_coef too (values are in units of the returns' standard deviation)"""
-    ent_coef: float = 0.01
+    ent_coef: float = 0.0
     """weight of the entropy bonus"""
     vf_coef: float = 0.5
     """weight of the value loss"""
@@ -133,7 +133,7 @@ class Args:
     horizon: int = 50
     """steps that it forecasts"""
     predictor_samples: int | None = None
-    """steps per predictor minibatch, one minibatch per PPO epoch; None = 1024, 512, 256 for horizons to 10, 50, above"""
+    """steps per predictor minibatch, one a PPO epoch; None = 1024, 512, 256 for horizons up to 10, 50, above"""
     predictor_learning_rate: float = 1e-3
     """step size of the predictor's Adam, annealed like PPO's"""
     predictor_loss_weight: float = 1.0
@@ -156,7 +156,15 @@ def check(args: Args) -> None:
     above_zero = ["total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs", "learning_rate"]
     above_zero += ["max_grad_norm", "torch_threads", "lstm_hidden", "lstm_layers", "eval_episodes", "horizon"]
     above_zero += ["predictor_learning_rate"] + ["predictor_samples"] * (args.predictor_samples is not None)
-    not_negative = ["bptt_length", "checkpoint_every", "ent_coef", "vf_coef", "clip_coef", "predictor_loss_weight"]
+    not_negative = [
+        "seed",
+        "bptt_length",
+        "checkpoint_every",
+        "ent_coef",
+        "vf_coef",
+        "clip_coef",
+        "predictor_loss_weight",
+    ]
     for name in above_zero + not_negative + ["gamma", "gae_lambda"]:
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
         need(value > 0 or name not in above_zero, f"{flag} must be above 0, not {value}")
@@ -174,13 +182,24 @@ def check(args: Args) -> None:
     need(isinstance(space, (Box, Discrete, MultiDiscrete)), f"{args.env_id}: no support for actions in {space}")
     for i in args.visible or ():
         need(0 <= i < len(names), f"--visible {i}: the entries of {args.env_id} are 0 to {len(names) - 1}")
-    planned, memory = planned_bytes(args, len(names)), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    size = (
-        f"{planned / 1e9:.1f} GB for {args.num_envs} x {args.num_steps} steps, {args.horizon} x {len(names)} forecasts"
-    )
-    need(planned < memory, f"buffers need {size}; this machine has {memory / 1e9:.1f} GB")
-    if planned > 1e9:
-        print(f"warning: buffers need {size}", file=sys.stderr)
+    layers = args.lstm_layers if args.recurrent else 0
+    per_step = 4 * (2 * len(names) + 2 * layers * args.lstm_hidden)
+    rollouts = per_step * args.num_envs * args.num_steps * history_length(args)
+    forecasts = 4 * args.horizon * len(names) * (6 * predictor_samples(args) + 4 * args.lstm_hidden) * args.predictor
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    size = f"{rollouts / 1e9:.1f} GB for rollouts and {forecasts / 1e9:.1f} GB for forecasts"
+    need(rollouts + forecasts < memory, f"this needs {size}; the machine has {memory / 1e9:.1f} GB")
+    if rollouts + forecasts > 1e9:
+        print(f"warning: this needs {size}", file=sys.stderr)
+
+
+def history_length(args: Args) -> int:
+    """Rollouts to keep so that every step of the oldest has its whole future within them."""
+    return 1 + math.ceil(args.horizon / args.num_steps) if args.predictor else 1
+
+
+def predictor_samples(args: Args) -> int:
+    return args.predictor_samples or (1024 if args.horizon <= 10 else 512 if args.horizon <= 50 else 256)
 
 
 # --- environment
@@ -498,8 +517,8 @@ def collect(envs: VectorEnv, agent: Agent, rollout: Rollout, carry: Carry, gener
 
 @torch.no_grad()
 def next_values(agent: Agent, rollout: Rollout, carry: Carry) -> Tensor:
-    """V of the observation after each step [T, N]: the next row's value or, where the episode was truncated, that of its
-    final observation under the state that the stored one leads to (detail 5)."""
+    """V of the observation after each step [T, N]: the next row's value or, where the episode was truncated, that of
+    its final observation under the state that the stored one leads to (detail 5)."""
     _, _, last, _ = agent.step(carry.obs, carry.state)
     values = torch.cat((rollout.value[1:], agent.return_stats.denormalize(last)[None]))  # [T, N]
     cut = rollout.truncated.nonzero(as_tuple=True)
@@ -649,24 +668,6 @@ def predictor_loss(
     return (error * mask).sum() / all_sum(mask.sum().float())
 
 
-def predictor_samples(args: Args) -> int:
-    return args.predictor_samples or (1024 if args.horizon <= 10 else 512 if args.horizon <= 50 else 256)
-
-
-def history_length(args: Args) -> int:
-    """Rollouts to keep so that every step of the oldest has its whole future within them."""
-    return 1 + math.ceil(args.horizon / args.num_steps) if args.predictor else 1
-
-
-def planned_bytes(args: Args, obs_size: int) -> int:
-    """Memory of the rollouts and, roughly, of a predictor minibatch."""
-    state_size = 2 * args.lstm_layers * args.lstm_hidden
-    rollouts = history_length(args) * args.num_steps * args.num_envs * (2 * obs_size + state_size)
-    return 4 * (
-        rollouts + args.predictor * args.horizon * obs_size * (6 * predictor_samples(args) + 4 * args.lstm_hidden)
-    )
-
-
 @torch.no_grad()
 def drift(agent: Agent, predictor: Predictor, rollout: Rollout) -> float:
     """How unusual the one-step forecasts of a fresh rollout are: the z-score, among the last 50, of the logarithm of
@@ -679,25 +680,6 @@ def drift(agent: Agent, predictor: Predictor, rollout: Rollout) -> float:
     return z
 
 
-class Skill(NamedTuple):
-    """Squared forecast errors [E, H] by episode and steps ahead: averaged over entries, summed over `count` forecasts."""
-
-    count: Tensor
-    predictor: Tensor
-    persistence: Tensor  # a trivial forecast: nothing changes
-    velocity: Tensor  # … the last change goes on
-    mean: Tensor  # … the running mean of all observations
-
-    def rmse(self) -> Tensor:
-        """Root mean squared error [H] of the predictor, in standard deviations of the observations; NaN = no data."""
-        return (self.predictor.sum(0) / self.count.sum(0)).sqrt()
-
-    def skill(self) -> Tensor:
-        """1 − MSE / MSE of the best trivial forecast [H]: 1 = perfect, 0 = no better than that."""
-        trivial = torch.stack((self.persistence, self.velocity, self.mean)).sum(1)  # [3, H]
-        return 1 - self.predictor.sum(0) / trivial.min(0).values
-
-
 @torch.no_grad()
 def replay(agent: Agent, episode: Tensor) -> tuple[Tensor, Tensor]:
     """A whole episode of raw observations [length + 1, D] -> normalised ones, and the features [length, F] before each
@@ -707,9 +689,13 @@ def replay(agent: Agent, episode: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def forecast_skill(agent: Agent, predictor: Predictor, episodes: list[Tensor], moments: int = 64) -> Skill:
-    """Errors of forecasts from `moments` steps of each episode [length + 1, D]."""
-    rows = []
+def forecast_skill(
+    agent: Agent, predictor: Predictor, episodes: list[Tensor], moments: int = 64
+) -> tuple[Tensor, Tensor]:
+    """Forecasts from up to `moments` steps of each episode [length + 1, D] against what came. By steps ahead [H]: the
+    root mean squared error in standard deviations of the observations, and the skill, 1 − MSE / MSE of the best trivial
+    forecast: nothing changes, the last change goes on, or the running mean. 1 is perfect; NaN means no data."""
+    count, errors = 0, 0  # [H], [4, H]
     for episode in episodes:
         obs, features = replay(agent, episode)
         length = len(features)
@@ -720,12 +706,13 @@ def forecast_skill(agent: Agent, predictor: Predictor, episodes: list[Tensor], m
         now = obs[t, None].expand_as(target)
         change = (obs[t] - obs[(t - 1).clamp(min=0)])[:, None] * ahead[:, None]  # [B, H, D]
         forecasts = predictor(features[t], obs[t]), now, now + change, torch.zeros_like(now)
-        rows.append([mask.sum(0).float()] + [((f - target).square().mean(-1) * mask).sum(0) for f in forecasts])
-    return Skill(*(torch.stack(column) for column in zip(*rows, strict=True)))
+        count = count + mask.sum(0)
+        errors = errors + torch.stack([((f - target).square().mean(-1) * mask).sum(0) for f in forecasts])
+    return (errors[0] / count).sqrt(), 1 - errors[0] / errors[1:].min(0).values
 
 
 def forecast_figure(agent: Agent, predictor: Predictor, episode: Tensor, names: list[str], skill: Tensor):
-    """A matplotlib figure: up to four entries of an episode with forecasts from four moments, and skill by steps ahead."""
+    """A matplotlib figure: up to four entries of an episode with forecasts from four moments, and skill over steps."""
     from matplotlib.figure import Figure
 
     obs, features = replay(agent, episode)
@@ -754,7 +741,8 @@ def forecast_figure(agent: Agent, predictor: Predictor, episode: Tensor, names: 
 class Evaluation(NamedTuple):
     returns: np.ndarray  # [E] in the order in which the episodes ended
     lengths: np.ndarray  # [E]
-    episodes: list[Tensor]  # raw observations [length + 1, D] of each, if recorded
+    successes: list[bool]  # of the episodes whose environment says `is_success` at their end
+    episodes: list[Tensor]  # raw observations [length + 1, D], if recorded
 
 
 @torch.no_grad()
@@ -763,13 +751,13 @@ def evaluate(
 ) -> Evaluation:
     """Plays `eval_episodes` episodes, as many on each environment (a fixed time would favour short ones). Policies are
     `agent`, `random`, and `memoryless`: the agent with its state zeroed before every step."""
-    num_envs, seed = min(args.eval_episodes, args.num_envs), args.seed + 1_000_000
+    num_envs, seed = min(args.eval_episodes, args.num_envs), args.seed + 1_000_000_000
     envs = make_envs(args, num_envs, video_dir)
     envs.action_space.seed(seed)
     space, carry = envs.single_action_space, reset(envs, agent, seed)
     generator = torch.Generator(carry.obs.device).manual_seed(seed)
     left = np.array([len(range(n, args.eval_episodes, num_envs)) for n in range(num_envs)])  # episodes to play
-    seen, ended, episodes = [[obs] for obs in carry.obs], [], []
+    seen, ended, successes, episodes = [[obs] for obs in carry.obs], [], [], []
     while left.any():
         state = torch.zeros_like(carry.state) if policy == "memoryless" else carry.state
         _, params, _, carry.state = agent.step(carry.obs, state, carry.action_mask)
@@ -788,13 +776,15 @@ def evaluate(
             left[n] -= 1
             ended.append((carry.returns[n], carry.lengths[n]))
             carry.state[n], carry.returns[n], carry.lengths[n] = 0, 0, 0
+            if "is_success" in infos["final_info"]:
+                successes.append(bool(infos["final_info"]["is_success"][n]))
             if record:
                 seen[n][-1] = final_observation(envs, infos, n, carry.obs.device)
                 episodes.append(torch.stack(seen[n]))
                 seen[n] = [carry.obs[n]]
     envs.close()
     returns, lengths = np.array(ended).T
-    return Evaluation(returns, lengths, episodes)
+    return Evaluation(returns, lengths, successes, episodes)
 
 
 # --- save, load
@@ -813,7 +803,7 @@ class Progress:
 
 
 def save(path: Path, parts: dict, progress: Progress, args: Args) -> None:
-    """Writes a checkpoint of tensors and plain types; a crash at any moment leaves the old file or the new one whole."""
+    """Writes a checkpoint of tensors and plain types; a crash at any moment leaves the old file or the new one."""
     state = {name: part.get_state() if name.startswith("rng") else part.state_dict() for name, part in parts.items()}
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
@@ -868,9 +858,10 @@ def assess(agent: Agent, predictor: Predictor, args: Args, run_dir: Path, names:
         "eval/episodic_length": played.lengths.mean(),
         "eval/return_memoryless": evaluate(agent, args, "memoryless").returns.mean(),
     }
+    if played.successes:
+        scores["eval/success_rate"] = np.mean(played.successes)
     if args.predictor:
-        errors = forecast_skill(agent, predictor, played.episodes)
-        rmse, skill = errors.rmse(), errors.skill()
+        rmse, skill = forecast_skill(agent, predictor, played.episodes)
         for k in sorted({k for k in (1, 10, 50, args.horizon) if k <= args.horizon}):
             scores |= {f"predictor/rmse_k{k}": rmse[k - 1], f"predictor/skill_k{k}": skill[k - 1]}
         longest = max(played.episodes, key=len)
@@ -888,7 +879,9 @@ def summary(scores: dict[str, float], progress: Progress, args: Args, run_dir: P
         "eval_return_memoryless": scores["eval/return_memoryless"],
         "random_return_mean": progress.random,
         "before_return_mean": progress.before,
-    } | {name.replace("/", "_"): score for name, score in scores.items() if name.startswith("predictor/")}
+    }
+    extra = ("predictor/", "eval/success_rate")
+    numbers |= {name.replace("/", "_"): score for name, score in scores.items() if name.startswith(extra)}
     known = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
     return {"run_dir": str(run_dir), "global_step": progress.global_step, "eval_episodes": args.eval_episodes} | known
 
@@ -929,7 +922,7 @@ def make_run_dir(args: Args) -> Path:
 
 
 def sum_and_clip(weights: list[nn.Parameter], max_norm: float) -> Tensor:
-    """Sums gradients over processes and clips them; their norm. Raises before any weight changes if it is not finite."""
+    """Sums gradients over processes and clips them; gives their norm, or raises if it is not finite."""
     for weight in weights:
         all_sum(weight.grad)
     return nn.utils.clip_grad_norm_(weights, max_norm, error_if_nonfinite=True)
@@ -967,6 +960,7 @@ def train(args: Args) -> dict:
     if args.evaluate or args.resume:
         progress = restore(parts, load(args.evaluate or f"{args.resume}/checkpoint.pt", args))
     if args.evaluate:
+        envs.close()
         run_dir = Path(args.evaluate).parent
         return summary(assess(agent, predictor, args, run_dir, names), progress, args, run_dir)
     if progress.global_step >= args.total_timesteps:
@@ -978,21 +972,14 @@ def train(args: Args) -> dict:
         progress.before = float(evaluate(agent, args).returns.mean())
     run_dir = make_run_dir(args) if rank == 0 else None
     writer = SummaryWriter(run_dir, purge_step=progress.global_step + 1 if args.resume else None) if rank == 0 else None
-    terminal = sys.stderr.isatty()  # elsewhere the bar is a line every 30 s
-    bar = tqdm(
-        total=args.total_timesteps,
-        initial=progress.global_step,
-        disable=rank > 0,
-        mininterval=0.1 if terminal else 30,
-        bar_format="{l_bar}{bar}{r_bar}" + "\n" * (not terminal),
-        unit="step",
-        unit_scale=True,
-    )
-
+    # a bar on a terminal, else a line every 30 s
+    interval, line_end = (0.1, "") if sys.stderr.isatty() else (30, "\n")
+    bar = tqdm(total=args.total_timesteps, initial=progress.global_step, unit="step", unit_scale=True, disable=rank > 0)
+    bar.mininterval, bar.bar_format = interval, "{l_bar}{bar}{r_bar}" + line_end
     history = deque(maxlen=history_length(args))  # the last rollouts
     steps_per_update, steps_done, seconds, stop = world * args.num_envs * args.num_steps, 0, 0.0, False
     try:
-        carry = reset(envs, agent, args.seed + rank * args.num_envs + 100_000 * progress.update)
+        carry = reset(envs, agent, args.seed + rank * args.num_envs + 1000 * progress.update)
         while progress.global_step < args.total_timesteps and not stop:
             # --- rollout, advantages
             started = time.perf_counter()
@@ -1012,14 +999,13 @@ def train(args: Args) -> dict:
 
             # --- PPO; the first rollout only gives the statistics (detail 8)
             segments = cut_segments(rollout.start, args.bptt_length)
+            batch_size = steps_per_update / args.num_minibatches
             log = []  # metrics of each minibatch
             for epoch in range(args.update_epochs if agent.obs_stats.count else 0):
                 if epoch and args.refresh_states:
                     refresh_states(agent, rollout)
                 for batch in minibatches(segments, args.num_minibatches, rng):
-                    loss, metrics = ppo_loss(
-                        agent, rollout, batch, space, args, steps_per_update / args.num_minibatches
-                    )
+                    loss, metrics = ppo_loss(agent, rollout, batch, space, args, batch_size)
                     optimizer.zero_grad()
                     loss.backward()
                     metrics["grad_norm"] = sum_and_clip(list(agent.parameters()), args.max_grad_norm) / world
@@ -1055,9 +1041,7 @@ def train(args: Args) -> dict:
             if log:
                 scalars["losses/first_ratio_error"] = error = float(log[0]["ratio_error"])
                 if error > 1e-3:
-                    warnings.warn(
-                        f"first probability ratio off by {error:.1g}: rollout and update differ", stacklevel=1
-                    )
+                    warnings.warn("rollout and update compute different log-probabilities", stacklevel=1)
             scalars["losses/explained_variance"] = 1 - float((returns - rollout.value).var() / returns.var())
             scalars["charts/learning_rate"] = args.learning_rate * remaining
             scalars["charts/SPS"] = steps_done / seconds

@@ -24,7 +24,7 @@ parser.add_argument("--env-id", default="CartPole-v1")
 parser.add_argument("--visible", type=int, nargs="+", default=[0, 2])
 parser.add_argument("--total-timesteps", type=int, required=True)
 parser.add_argument("--learning-rate", type=float, default=2e-3)
-parser.add_argument("--gamma", type=float, default=0.99)
+parser.add_argument("--gamma", type=float, default=0.995)
 parser.add_argument("--seed", type=int, default=1)
 parser.add_argument("--normalize", action="store_true", help="running normalisation of observations and rewards")
 parser.add_argument("--eval-episodes", type=int, default=0)
@@ -77,7 +77,7 @@ model = RecurrentPPO(
     n_epochs=4,
     gamma=args.gamma,
     gae_lambda=0.95,
-    ent_coef=0.01,
+    ent_coef=0.0,
     policy_kwargs={
         "features_extractor_class": Encoder,
         "lstm_hidden_size": 128,

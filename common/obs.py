@@ -1,5 +1,5 @@
-"""Any Gymnasium observation as one float32 vector: Box, Discrete, MultiDiscrete, MultiBinary and any nesting of Dict and
-Tuple of these. Entries come in the order of `gymnasium.spaces.flatten`; discrete values are one-hot."""
+"""Any Gymnasium observation as one float32 vector: Box, Discrete, MultiDiscrete, MultiBinary and any nesting of Dict
+and Tuple of these. Entries come in the order of `gymnasium.spaces.flatten`; discrete values are one-hot."""
 
 import numpy as np
 from gymnasium import spaces

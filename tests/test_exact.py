@@ -118,7 +118,7 @@ def test_02_float32_gradient(script):
 
 def test_01_gradient_reaches_back_exactly_bptt_length_steps(script):
     """An input k steps back moves the gradient if and only if it is in the same segment."""
-    args, agent, _, (_, rollout), _ = play(script, dtype=torch.float64, env={"lengths": (100,)}, num_rollouts=2)
+    _, agent, _, (_, rollout), _ = play(script, dtype=torch.float64, env={"lengths": (100,)})
     for bptt_length in (0, 5):
         segments = script.cut_segments(rollout.start, bptt_length)
         obs = rollout.obs.clone().requires_grad_()
@@ -199,7 +199,7 @@ def test_04_first_ratio_is_one(script, env, bptt_length):
 
 def test_05_truncation_bootstraps_with_the_right_state(script):
     """V after every step, by playing each episode again from its first observation."""
-    args, agent, space, rollouts, carry = play(script, env=MIXED | {"lengths": (3, 7, 1)}, num_rollouts=2)
+    _, agent, _, rollouts, carry = play(script, env=MIXED | {"lengths": (3, 7, 1)})
     rollout = rollouts[1]
     values = script.next_values(agent, rollout, carry)
     checked = 0
@@ -257,7 +257,7 @@ def test_06_evaluation_is_a_plain_loop_over_single_environments(script):
     for n in range(3):
         env = script.make_env(args)
         env.reset(seed=0), env.action_space.seed(0)
-        obs, _ = env.reset(seed=args.seed + 1_000_000 + n)
+        obs, _ = env.reset(seed=args.seed + 1_000_000_000 + n)
         env.unwrapped.episode = 0
         for episode in range(3 if n == 0 else 2):
             if episode:

@@ -123,7 +123,7 @@ def checkpoints_equal(a, b) -> bool:
 
 
 def test_kill_9_at_any_moment_leaves_a_whole_checkpoint(script, script_path, tmp_path):
-    """A process that does nothing but save is killed at random moments; the file always loads and is one that it wrote."""
+    """A process that does nothing but save is killed at random moments; the file always loads and is one it wrote."""
     path, rng = tmp_path / "checkpoint.pt", np.random.default_rng(0)
     code = f"""
 import importlib.util, pathlib, sys, torch
@@ -332,9 +332,10 @@ script.sample = lambda params, space, generator=None: sample(params, space)
 script.Agent = lambda *args: agents.append(train_agent(*args)) or agents[-1]
 world = int(os.environ.get("WORLD_SIZE", 1))
 args = script.Args(
-    env_id="toys:Toy-v0", env_kwargs='{{"lengths": [3, 9, 1], "ends": ["truncated", "terminated"]}}', num_envs=4 // world,
-    num_steps=16, num_minibatches=1, total_timesteps=64 * 6, lstm_hidden=8, horizon=4, eval_episodes=2,
-    checkpoint_every=0, predictor_samples=10**6, freeze_extractor=False, target_kl=10.0, runs_dir={str(tmp_path)!r},
+    env_id="toys:Toy-v0", env_kwargs='{{"lengths": [3, 9, 1], "ends": ["truncated", "terminated"]}}',
+    num_envs=4 // world, num_steps=16, num_minibatches=1, total_timesteps=64 * 6, lstm_hidden=8,
+    horizon=4, eval_episodes=2, checkpoint_every=0, predictor_samples=10**6,
+    freeze_extractor=False, target_kl=10.0, runs_dir={str(tmp_path)!r},
 )
 result = script.train(args)
 torch.save(agents[0].state_dict(), {str(tmp_path)!r} + f"/weights_{{world}}_{{os.environ.get('RANK', 0)}}.pt")
@@ -346,4 +347,4 @@ torch.save(agents[0].state_dict(), {str(tmp_path)!r} + f"/weights_{{world}}_{{os
     alone, first, second = (torch.load(tmp_path / f"weights_{name}.pt") for name in ("1_0", "2_0", "2_1"))
     assert checkpoints_equal(dict(first), dict(second))
     for name, x in alone.items():
-        torch.testing.assert_close(first[name], x, atol=2e-4, rtol=1e-3, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(first[name], x, atol=2e-4, rtol=1e-3)

@@ -6,7 +6,7 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
-from test_exact import MIXED, disturb, play
+from test_exact import disturb, play
 from toys import Pendulum, same_but_for_time, scalars
 
 SMALL = {"num_envs": 2, "num_minibatches": 2, "lstm_hidden": 8, "eval_episodes": 4, "checkpoint_every": 3}
@@ -50,7 +50,7 @@ def test_11_targets_are_a_walk_over_the_episodes(script, lengths, horizon):
 
 
 def test_11_targets_include_the_final_observation_and_cross_rollouts(script):
-    args, _, _, rollouts, _ = play(script, num_steps=12, num_rollouts=4, env={"lengths": (20,)}, horizon=30)
+    _, _, _, rollouts, _ = play(script, num_steps=12, num_rollouts=4, env={"lengths": (20,)}, horizon=30)
     target, mask = script.future(deque(rollouts), torch.tensor([11 * 3]), 30)
     assert mask[0].sum() == 9 and target[0, :9, 0].tolist() == list(range(12, 21))  # the toy counts its steps
 
@@ -87,27 +87,26 @@ def test_11_loss_is_the_mean_over_real_targets(script, freeze_extractor):
 
 
 def test_11_skill_by_hand(script):
-    """A predictor that says what it said at first (nothing changes) has the errors of persistence; all errors are means
-    over entries, summed over the moments with a future."""
-    args, agent, _, _, _ = play(script, num_rollouts=0, horizon=5)
+    """Means over entries, then over all moments of all episodes that have a future; against the best trivial one."""
+    _, agent, _, _, _ = play(script, num_rollouts=0, horizon=5)
     predictor = script.Predictor(8, 4, 5)
-    episodes = [torch.randn(8, 4).cumsum(0), torch.randn(3, 4)]
-    skill = script.forecast_skill(agent, predictor, episodes)
-    for e, episode in enumerate(episodes):
-        obs, steps = agent.normalize_obs(episode), len(episode) - 1
-        for k in range(1, 6):
-            moments = [t for t in range(steps) if t + k <= steps]
-            assert skill.count[e, k - 1] == len(moments)
-            last = [obs[t] - obs[max(t - 1, 0)] for t in range(steps)]
-            for errors, forecast in (
-                (skill.persistence, lambda t, k: obs[t]),
-                (skill.velocity, lambda t, k: obs[t] + k * last[t]),
-                (skill.mean, lambda t, k: 0 * obs[t]),
-            ):
-                expected = sum(float((forecast(t, k) - obs[t + k]).square().mean()) for t in moments)
-                assert errors[e, k - 1].item() == pytest.approx(expected, rel=1e-4)
-    torch.testing.assert_close(skill.predictor, skill.persistence)
-    assert (skill.skill() <= 0).all()
+    torch.nn.init.normal_(predictor.head.weight, std=0.1)
+    episodes = [torch.randn(8, 4).cumsum(0), torch.randn(3, 4), torch.linspace(0, 9, 40)[:, None].expand(40, 4)]
+    rmse, skill = script.forecast_skill(agent, predictor, episodes)
+    for k in range(1, 6):
+        errors = []
+        for episode in episodes:
+            obs, state = agent.normalize_obs(episode), agent.initial_state(1)
+            for t in range(len(episode) - k):
+                features, _, _, state = agent.step(episode[t][None], state)
+                last = obs[t] - obs[max(t - 1, 0)]
+                forecasts = predictor(features, obs[t][None])[0, k - 1], obs[t], obs[t] + k * last, torch.zeros(4)
+                errors.append([float((forecast - obs[t + k]).square().mean()) for forecast in forecasts])
+        mean = np.mean(errors, 0)
+        assert rmse[k - 1].item() == pytest.approx(mean[0] ** 0.5, rel=1e-4)
+        assert skill[k - 1].item() == pytest.approx(1 - mean[0] / min(mean[1:]), rel=1e-3)
+    untrained = script.forecast_skill(agent, script.Predictor(8, 4, 5), episodes)[1]
+    assert (untrained <= 0).all()  # it says that nothing changes
 
 
 @pytest.mark.parametrize("changes", [{}, {"env_id": "CartPole-v1", "env_kwargs": "{}"}])

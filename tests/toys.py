@@ -17,8 +17,8 @@ ACTION_SPACES = {
 
 
 class Toy(gym.Env):
-    """Observation: step in the episode, the previous observation's noise plus the last action, new noise, 1. Episodes last
-    `lengths` steps in turn and end as `ends` says in turn: terminated, truncated or both. `fault` strikes at step
+    """Observation: step in the episode, the previous observation's noise plus the last action, new noise, 1. Episodes
+    last `lengths` steps in turn and end as `ends` says in turn: terminated, truncated or both. `fault` strikes at step
     `fault_step` of the environment's life: raise, die, nan, nan_reward."""
 
     def __init__(self, lengths=(5,), ends=("terminated",), action="discrete", masked=False, fault="", fault_step=0):
