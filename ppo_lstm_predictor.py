@@ -4,13 +4,14 @@ The data goes one way, and each stage has one place below:
 
     environment step -> flatten -> Agent.step (one LSTM cell, no gradients) -> Rollout [T, N] (states before each step)
     Rollout -> gae (terminated / truncated, values of final observations) -> advantages, returns [T, N]
-    Rollout -> cut_segments at episode ends and every bptt_length steps -> index and mask [L, S]
-    minibatch of segments -> Agent.unroll (one LSTM call) -> logits, values at real steps -> ppo_loss -> optimizer
+    Rollout -> cut_segments at episode ends and every bptt_length steps -> minibatches of them, laid into rows [L, R]
+    rows -> Agent.unroll (one LSTM call, states flushed between segments) -> logits, values -> ppo_loss -> optimizer
     the last rollouts -> Predictor, at steps whose future is known by now -> predictor_loss -> predictor_optimizer
 
 PPO is Schulman et al. 2017, arXiv 1707.06347. Numbers such as `detail 5` refer to docs/ppo_lstm_predictor.md.
 """
 
+import heapq
 import json
 import math
 import os
@@ -22,7 +23,6 @@ import warnings
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -255,7 +255,7 @@ class RunningMeanStd(nn.Module):
         super().__init__()
         self.memory = memory
         self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("var", torch.ones(shape))
+        self.register_buffer("std", torch.ones(shape))
         self.register_buffer("count", torch.zeros(()))
 
     def update(self, x: Tensor) -> None:
@@ -263,13 +263,10 @@ class RunningMeanStd(nn.Module):
         mean = all_sum(x.sum(0)) / count
         var = all_sum(((x - mean) ** 2).sum(0)) / count
         weight, delta = count / (self.count + count), mean - self.mean
-        self.var += weight * (var - self.var + (1 - weight) * delta**2)
+        merged = (1 - weight) * (self.std**2 + weight * delta**2) + weight * var
+        self.std.copy_(merged.sqrt().clamp(min=1e-4))
         self.mean += weight * delta
         self.count.copy_((self.count + count).clamp(max=self.memory))
-
-    @property
-    def std(self) -> Tensor:
-        return (self.var + 1e-8).sqrt()
 
     def normalize(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std
@@ -300,14 +297,18 @@ class Agent(nn.Module):
         super().__init__()
         self.layers = args.lstm_layers if args.recurrent else 0
         self.hidden_size = args.lstm_hidden
-        self.register_buffer("visible", torch.tensor(args.visible or range(obs_size)))
+        self.visible = slice(None) if args.visible is None else list(args.visible)
         self.obs_stats = RunningMeanStd((obs_size,))
         self.return_stats = RunningMeanStd((), memory=100_000)
-        self.encoder = nn.Sequential(init_linear(len(self.visible), 64, gain=math.sqrt(2)), nn.Tanh())
+        self.encoder = nn.Sequential(
+            init_linear(len(args.visible or range(obs_size)), 64, gain=math.sqrt(2)), nn.Tanh()
+        )
         if args.recurrent:
             self.lstm = nn.LSTM(64, self.hidden_size, self.layers)
             for name, weight in self.lstm.named_parameters():
                 nn.init.zeros_(weight) if "bias" in name else nn.init.orthogonal_(weight)
+            gates = torch.tensor([-1e9, -1e9, 0.0, 0.0])  # input, forget, cell, output
+            self.register_buffer("flush", gates.repeat_interleave(self.hidden_size)[:, None], persistent=False)
         else:
             self.mlp = nn.Sequential(init_linear(64, self.hidden_size, gain=math.sqrt(2)), nn.Tanh())
         num_params = int(np.prod(action_space.shape)) if isinstance(action_space, Box) else sum(choices(action_space))
@@ -351,22 +352,29 @@ class Agent(nn.Module):
             state = torch.stack(cells, 2)
         return x, *self.heads(x, action_mask), state
 
-    def unroll(self, obs: Tensor, state: Tensor, action_mask: Tensor | None = None) -> tuple[Tensor, ...]:
-        """S segments of L steps: obs [L, S, D], state [S, 2, layers, H] before their first step -> features [L, S, H],
-        parameters [L, S, P], values [L, S]."""
+    def unroll(
+        self, obs: Tensor, state: Tensor, flush: Tensor | None = None, action_mask: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """R rows of L steps: obs [L, R, D], state [R, 2, layers, H] before their first step -> features [L, R, H],
+        parameters [L, R, P], values [L, R]. A step that `flush` [L, R] marks leaves a state of zeros: one more input of
+        the LSTM shuts its input and forget gates, which also keeps gradients out (detail 2)."""
         x = self.encode(obs)
         if not self.layers:
             x = self.mlp(x)
         else:
-            h, c = state.permute(1, 2, 0, 3).contiguous()  # each [layers, S, H]
-            x, _ = self.lstm(x, (h, c))
+            h, c = state.permute(1, 2, 0, 3).contiguous().unsqueeze(2)  # each [layers, 1, R, H]
+            for layer, (w_input, *weights) in enumerate(self.lstm.all_weights):
+                if flush is not None:
+                    x = torch.cat((x, flush[..., None].to(x.dtype)), -1)
+                    w_input = torch.cat((w_input, self.flush), 1)
+                x, _, _ = torch.lstm(x, (h[layer], c[layer]), [w_input, *weights], True, 1, 0.0, True, False, False)
         return x, *self.heads(x, action_mask)
 
     @torch.no_grad()
     def update_statistics(self, obs: Tensor, returns: Tensor) -> None:
         """Merges obs [M, D] and returns [M], and rescales the critic so that its denormalised values stay the same
         (detail 8; PopArt, eq. 9)."""
-        mean, std = self.return_stats.mean.clone(), self.return_stats.std
+        mean, std = self.return_stats.mean.clone(), self.return_stats.std.clone()
         self.obs_stats.update(obs)
         self.return_stats.update(returns)
         self.critic.weight.mul_(std / self.return_stats.std)
@@ -384,11 +392,18 @@ def sample(params: Tensor, space: gym.Space, generator: torch.Generator | None =
         mean, log_std = params.chunk(2, -1)
         noise = torch.randn(mean.shape, generator=generator, device=mean.device) if generator else 0
         action = mean + log_std.exp() * noise
-    else:
-        probs = [logits.softmax(-1) for logits in params.split(choices(space), -1)]
-        draw = partial(torch.multinomial, num_samples=1, generator=generator)
-        action = torch.cat([draw(p) if generator else p.argmax(-1, keepdim=True) for p in probs], -1)
-    return action, logprob_entropy(params, action, space)[0]
+        return action, gaussian_logprob(action, mean, log_std)
+    actions, logprob = [], 0
+    for logits in params.split(choices(space), -1):
+        logprobs = logits.log_softmax(-1)
+        best = logprobs.argmax(-1, keepdim=True)
+        actions.append(torch.multinomial(logprobs.exp(), 1, generator=generator) if generator else best)
+        logprob = logprob + logprobs.gather(-1, actions[-1]).squeeze(-1)
+    return torch.cat(actions, -1), logprob
+
+
+def gaussian_logprob(action: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    return (-0.5 * ((action - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
 def logprob_entropy(params: Tensor, action: Tensor, space: gym.Space) -> tuple[Tensor, Tensor]:
@@ -396,8 +411,7 @@ def logprob_entropy(params: Tensor, action: Tensor, space: gym.Space) -> tuple[T
     before it is scaled and clipped to the bounds: clipping is part of the environment."""
     if isinstance(space, Box):
         mean, log_std = params.chunk(2, -1)
-        logprob = -0.5 * ((action - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
-        return logprob.sum(-1), (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+        return gaussian_logprob(action, mean, log_std), (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
     logprob, entropy = 0, 0
     for i, logits in enumerate(params.split(choices(space), -1)):
         logprobs = logits.log_softmax(-1)
@@ -490,8 +504,7 @@ def collect(envs: VectorEnv, agent: Agent, rollout: Rollout, carry: Carry, gener
         _, params, value, state = agent.step(carry.obs, carry.state, carry.action_mask)
         action, logprob = sample(params, space, generator)
         rollout.obs[t], rollout.start[t], rollout.state[t] = carry.obs, carry.start, carry.state
-        rollout.action[t], rollout.logprob[t] = action, logprob
-        rollout.value[t] = agent.return_stats.denormalize(value)
+        rollout.action[t], rollout.logprob[t], rollout.value[t] = action, logprob, value
         if rollout.action_mask is not None:
             rollout.action_mask[t] = carry.action_mask
 
@@ -512,6 +525,7 @@ def collect(envs: VectorEnv, agent: Agent, rollout: Rollout, carry: Carry, gener
             rollout.next_obs[t, n] = final_observation(envs, infos, n, device)
             episodes.append((float(carry.returns[n]), int(carry.lengths[n])))
             carry.state[n], carry.returns[n], carry.lengths[n] = 0, 0, 0
+    rollout.value = agent.return_stats.denormalize(rollout.value)
     return episodes
 
 
@@ -530,11 +544,12 @@ def next_values(agent: Agent, rollout: Rollout, carry: Carry) -> Tensor:
 
 
 class Segments(NamedTuple):
-    """S runs of consecutive steps within one episode, padded to the longest. `index` [L, S] points into a flattened
-    [T * N] rollout, `mask` [L, S] tells the real steps; the first row is always real."""
+    """S runs of consecutive steps of one environment within one episode."""
 
-    index: Tensor
-    mask: Tensor
+    t: Tensor  # [S] first step
+    n: Tensor  # [S] environment
+    length: Tensor  # [S]
+    fresh: Tensor  # [S] bool: at its episode's start, so that its first state is zero
 
 
 def cut_segments(start: Tensor, bptt_length: int) -> Segments:
@@ -547,20 +562,48 @@ def cut_segments(start: Tensor, bptt_length: int) -> Segments:
         age = time - torch.where(cut, time, 0).cummax(0).values  # [T, N] steps since the last cut
         cut = age % bptt_length == 0
     n, t = cut.T.nonzero(as_tuple=True)  # one environment after the other, time ascending
-    first = n * num_steps + t
-    length = torch.diff(first, append=first.new_tensor([num_steps * num_envs]))  # [S]
-    offset = torch.arange(int(length.max()), device=start.device)[:, None]  # [L, 1]
-    mask = offset < length
-    return Segments(torch.where(mask, (t + offset) * num_envs + n, 0), mask)
+    length = torch.diff(n * num_steps + t, append=n.new_tensor([num_envs * num_steps]))
+    return Segments(t, n, length, start[t, n])
 
 
-def minibatches(segments: Segments, num_minibatches: int, generator: torch.Generator) -> Iterator[Segments]:
-    """Shuffles the segments and deals them out, each minibatch padded to its own longest segment."""
-    order = torch.randperm(segments.mask.shape[1], generator=generator, device=generator.device)
-    for columns in order.tensor_split(num_minibatches):
-        mask = segments.mask[:, columns]
-        length = int(mask.sum(0).max())
-        yield Segments(segments.index[:length, columns], mask[:length])
+class Rows(NamedTuple):
+    """Segments laid into R rows of L steps, to go through the LSTM together. A row starts with a segment's first step;
+    another segment may follow behind a flush step if its first state is zero."""
+
+    index: Tensor  # [L, R] into a flattened [T * N] rollout
+    mask: Tensor  # [L, R] real steps; the others are padding
+    flush: Tensor  # [L, R] padding that separates two segments
+
+
+def lay_rows(segments: Segments, num_envs: int) -> Rows:
+    """Longest first, each behind the row that ends soonest, if it fits there: hardly any padding (detail 2)."""
+    length, fresh = segments.length.tolist(), segments.fresh.tolist()
+    ends: list[tuple[int, int]] = []  # heap of (steps in the row, row)
+    place = [(0, 0)] * len(length)  # (row, step within it) of each segment
+    for i in sorted(range(len(length)), key=lambda i: (fresh[i], -length[i])):
+        row, step = len(ends), 0
+        if fresh[i] and ends and ends[0][0] + 1 + length[i] <= max(length):
+            end, row = heapq.heappop(ends)
+            step = end + 1
+        heapq.heappush(ends, (step + length[i], row))
+        place[i] = row, step
+    row, step = torch.tensor(place, device=segments.t.device).T  # each [S]
+    shape = max(end for end, _ in ends), len(ends)
+    index, mask, flush = (step.new_zeros(shape, dtype=dtype) for dtype in (torch.int64, torch.bool, torch.bool))
+    flush[step[step > 0] - 1, row[step > 0]] = True
+    first = torch.cumsum(segments.length, 0) - segments.length  # [S] of each segment's steps in a list of all
+    offset = torch.arange(int(segments.length.sum()), device=row.device) - first.repeat_interleave(segments.length)
+    t, n, row, step = (x.repeat_interleave(segments.length) for x in (segments.t, segments.n, row, step))  # [M]
+    index[step + offset, row] = (t + offset) * num_envs + n
+    mask[step + offset, row] = True
+    return Rows(index, mask, flush)
+
+
+def minibatches(segments: Segments, num_minibatches: int, num_envs: int, generator: torch.Generator) -> Iterator[Rows]:
+    """Shuffles the segments and deals them out."""
+    order = torch.randperm(len(segments.t), generator=generator, device=generator.device)
+    for chosen in order.tensor_split(num_minibatches):
+        yield lay_rows(Segments(*(x[chosen] for x in segments)), num_envs)
 
 
 @torch.no_grad()
@@ -576,20 +619,20 @@ def refresh_states(agent: Agent, rollout: Rollout) -> None:
 
 
 def ppo_loss(
-    agent: Agent, rollout: Rollout, segments: Segments, space: gym.Space, args: Args, num_steps: float
+    agent: Agent, rollout: Rollout, rows: Rows, space: gym.Space, args: Args, num_steps: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped loss (eq. 7, 9) of a minibatch, and metrics: sums over its real steps divided by `num_steps`, the
     real steps of an average minibatch, so that every step of the rollout weighs the same (detail 3)."""
-    real = segments.index[segments.mask]  # [M]
+    real = rows.index[rows.mask]  # [M]
 
     def take(x: Tensor, index: Tensor = real) -> Tensor:
         return x.flatten(0, 1)[index]
 
-    action_mask = None if rollout.action_mask is None else take(rollout.action_mask, segments.index)
-    first_states = take(rollout.state, segments.index[0])  # [S, 2, layers, H]
-    _, params, values = agent.unroll(take(rollout.obs, segments.index), first_states, action_mask)
-    value = values[segments.mask]  # [M] normalised, as are the targets
-    logprob, entropy = logprob_entropy(params[segments.mask], take(rollout.action), space)
+    action_mask = None if rollout.action_mask is None else take(rollout.action_mask, rows.index)
+    first_states = take(rollout.state, rows.index[0])  # [R, 2, layers, H]
+    _, params, values = agent.unroll(take(rollout.obs, rows.index), first_states, rows.flush, action_mask)
+    value = values[rows.mask]  # [M] normalised, as are the targets
+    logprob, entropy = logprob_entropy(params[rows.mask], take(rollout.action), space)
     log_ratio = logprob - take(rollout.logprob)
     ratio, advantage = log_ratio.exp(), take(rollout.advantages)
 
@@ -653,15 +696,15 @@ def predictor_loss(
     agent: Agent, predictor: Predictor, history: deque[Rollout], args: Args, generator: torch.Generator
 ) -> Tensor:
     """Mean squared error of forecasts from about `predictor_samples` steps of the oldest rollout. Their features are
-    recomputed by `unroll`, from single steps if the extractor is frozen, else from segments, with gradients."""
+    recomputed by `unroll`, from single steps if the extractor is frozen, else from whole segments, with gradients."""
     rollout = history[0]
     segments = cut_segments(rollout.start, 1 if args.freeze_extractor else args.bptt_length)
     parts = max(1, round(rollout.start.numel() / predictor_samples(args)))
-    segments = next(minibatches(segments, parts, generator))
-    real = segments.index[segments.mask]  # [B]
+    rows = next(minibatches(segments, parts, args.num_envs, generator))
+    real = rows.index[rows.mask]  # [B]
     obs, state = rollout.obs.flatten(0, 1), rollout.state.flatten(0, 1)
     with torch.set_grad_enabled(not args.freeze_extractor):
-        features = agent.unroll(obs[segments.index], state[segments.index[0]])[0][segments.mask]  # [B, F]
+        features = agent.unroll(obs[rows.index], state[rows.index[0]], rows.flush)[0][rows.mask]  # [B, F]
     target, mask = future(history, real, args.horizon)  # [B, H, D], [B, H]
     forecast = predictor(features, agent.normalize_obs(obs[real]))
     error = (forecast - agent.normalize_obs(target)).square().mean(-1)  # [B, H]
@@ -1004,8 +1047,8 @@ def train(args: Args) -> dict:
             for epoch in range(args.update_epochs if agent.obs_stats.count else 0):
                 if epoch and args.refresh_states:
                     refresh_states(agent, rollout)
-                for batch in minibatches(segments, args.num_minibatches, rng):
-                    loss, metrics = ppo_loss(agent, rollout, batch, space, args, batch_size)
+                for rows in minibatches(segments, args.num_minibatches, args.num_envs, rng):
+                    loss, metrics = ppo_loss(agent, rollout, rows, space, args, batch_size)
                     optimizer.zero_grad()
                     loss.backward()
                     metrics["grad_norm"] = sum_and_clip(list(agent.parameters()), args.max_grad_norm) / world
