@@ -49,7 +49,7 @@ class Args:
     seed: int = 1
     """seed of environments, networks and sampling; the same seed gives the same run on one machine"""
     torch_deterministic: bool = True
-    """ask torch for deterministic algorithms"""
+    """ask cuDNN for deterministic algorithms"""
     cuda: bool = True
     """use a CUDA device if there is one"""
     torch_threads: int = 1
@@ -297,12 +297,10 @@ class Agent(nn.Module):
         super().__init__()
         self.layers = args.lstm_layers if args.recurrent else 0
         self.hidden_size = args.lstm_hidden
-        self.visible = slice(None) if args.visible is None else list(args.visible)
+        self.register_buffer("visible", torch.tensor(args.visible or range(obs_size)), persistent=False)
         self.obs_stats = RunningMeanStd((obs_size,))
         self.return_stats = RunningMeanStd((), memory=100_000)
-        self.encoder = nn.Sequential(
-            init_linear(len(args.visible or range(obs_size)), 64, gain=math.sqrt(2)), nn.Tanh()
-        )
+        self.encoder = nn.Sequential(init_linear(len(self.visible), 64, gain=math.sqrt(2)), nn.Tanh())
         if args.recurrent:
             self.lstm = nn.LSTM(64, self.hidden_size, self.layers)
             for name, weight in self.lstm.named_parameters():
@@ -327,7 +325,7 @@ class Agent(nn.Module):
         return [weight for name, weight in self.named_parameters() if name.split(".")[0] in ("encoder", "lstm", "mlp")]
 
     def encode(self, obs: Tensor) -> Tensor:
-        return self.encoder(self.normalize_obs(obs)[..., self.visible])
+        return self.encoder(self.normalize_obs(obs).index_select(-1, self.visible))
 
     def heads(self, features: Tensor, action_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         params = self.actor(features)  # [..., P]
@@ -396,8 +394,9 @@ def sample(params: Tensor, space: gym.Space, generator: torch.Generator | None =
     actions, logprob = [], 0
     for logits in params.split(choices(space), -1):
         logprobs = logits.log_softmax(-1)
-        best = logprobs.argmax(-1, keepdim=True)
-        actions.append(torch.multinomial(logprobs.exp(), 1, generator=generator) if generator else best)
+        exponential = torch.empty_like(logits).exponential_(generator=generator) if generator else torch.ones(())
+        gumbel = -(exponential + 1e-20).log()  # the maximum of logits + Gumbel noise is a sample of their softmax
+        actions.append((logprobs + gumbel).argmax(-1, keepdim=True))
         logprob = logprob + logprobs.gather(-1, actions[-1]).squeeze(-1)
     return torch.cat(actions, -1), logprob
 
@@ -518,7 +517,7 @@ def collect(envs: VectorEnv, agent: Agent, rollout: Rollout, carry: Carry, gener
         carry.obs, carry.action_mask = observe(envs, obs, infos, device)
         rollout.reward[t], rollout.next_obs[t] = torch.from_numpy(finite(reward, "reward")), carry.obs
         rollout.terminated[t], rollout.truncated[t] = torch.from_numpy(terminated), torch.from_numpy(truncated)
-        carry.state, carry.start = state, rollout.done[t]
+        carry.state, carry.start = state, rollout.terminated[t] | rollout.truncated[t]
         carry.returns += reward
         carry.lengths += 1
         for n in np.flatnonzero(terminated | truncated):
@@ -943,7 +942,7 @@ def setup(args: Args) -> tuple[torch.device, int, int]:
     """Device, rank and number of processes: one, unless torchrun started more."""
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.torch_threads)
-    torch.use_deterministic_algorithms(args.torch_deterministic, warn_only=True)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
     if "RANK" not in os.environ:
         return device, 0, 1
     if not dist.is_initialized():

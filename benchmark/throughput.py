@@ -87,7 +87,7 @@ def measure_loop(updates: int) -> dict:
         rollout.advantages, rollout.returns = script.gae(rollout.reward, rollout.value, after, *ends, 0.99, 0.95)
         segments = script.cut_segments(torch.zeros_like(rollout.start), 0)  # one for each environment
         for _ in range(args.update_epochs):
-            for batch in script.minibatches(segments, args.num_minibatches, generator):
+            for batch in script.minibatches(segments, args.num_minibatches, args.num_envs, generator):
                 loss, _ = script.ppo_loss(agent, WholeEnvironments(rollout), batch, space, args, BATCH / 4)
                 optimizer.zero_grad()
                 loss.backward()
