@@ -134,7 +134,7 @@ class Args:
     """steps that it forecasts"""
     predictor_samples: int | None = None
     """steps per predictor minibatch, one a PPO epoch; None = 1024, 512, 256 for horizons up to 10, 50, above"""
-    predictor_learning_rate: float = 1e-3
+    predictor_learning_rate: float = 3e-3
     """step size of the predictor's Adam, annealed like PPO's"""
     predictor_loss_weight: float = 1.0
     """step size of encoder and LSTM relative to the head's where both learn to forecast (Adam cancels a loss weight)"""
@@ -185,7 +185,7 @@ def check(args: Args) -> None:
     layers = args.lstm_layers if args.recurrent else 0
     per_step = 4 * (2 * len(names) + 2 * layers * args.lstm_hidden)
     rollouts = per_step * args.num_envs * args.num_steps * history_length(args)
-    forecasts = 4 * args.horizon * len(names) * (6 * predictor_samples(args) + 4 * args.lstm_hidden) * args.predictor
+    forecasts = 4 * args.horizon * len(names) * 6 * predictor_samples(args) * args.predictor
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
     size = f"{rollouts / 1e9:.1f} GB for rollouts and {forecasts / 1e9:.1f} GB for forecasts"
     need(rollouts + forecasts < memory, f"this needs {size}; the machine has {memory / 1e9:.1f} GB")
@@ -663,20 +663,26 @@ def ppo_loss(
 
 class Predictor(nn.Module):
     """Features [B, F] and the current normalised observation [B, D] -> the next `horizon` normalised observations
-    [B, horizon, D], in one shot: one linear layer gives what is added to the current observation. It starts at zero, so
-    the first forecast is that nothing changes."""
+    [B, horizon, D], in one shot. An MLP gives the change from now at knots 1, 2, 3, 4, 6, 8, 11, … steps ahead, with
+    straight lines between them: sharp soon, coarse later. It starts at zero, with the forecast that nothing changes."""
 
     def __init__(self, feature_size: int, obs_size: int, horizon: int):
         super().__init__()
         self.horizon, self.obs_size = horizon, obs_size
-        self.head = nn.Linear(feature_size + obs_size, horizon * obs_size)
+        doublings = math.ceil(math.log2(horizon))
+        knots = sorted({min(horizon, round(2 ** (i / 2))) for i in range(2 * doublings + 1)})
+        hats = [np.interp(np.arange(1, horizon + 1), knots, row) for row in np.eye(len(knots))]
+        self.register_buffer("basis", torch.tensor(np.array(hats), dtype=torch.float32), persistent=False)  # [K, H]
+        self.hidden = nn.Linear(feature_size + obs_size, 256)
+        self.head = nn.Linear(256, obs_size * len(knots))
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.recent_error = RunningMeanStd((), memory=50)  # of `drift`
 
     def forward(self, features: Tensor, obs: Tensor) -> Tensor:
-        change = self.head(torch.cat((features, obs), -1)).unflatten(-1, (self.horizon, self.obs_size))
-        return obs.unsqueeze(-2) + change
+        changes = self.head(self.hidden(torch.cat((features, obs), -1)).relu())
+        changes = changes.unflatten(-1, (self.obs_size, -1)) @ self.basis  # [B, D, H]
+        return obs.unsqueeze(-2) + changes.transpose(-1, -2)
 
 
 def future(history: deque[Rollout], index: Tensor, horizon: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""Which head forecasts best? Trains ppo_lstm_predictor.py on LunarLander with other heads in place of its own; PPO is the
-same bit for bit in all of them, so the heads see the same data. One run:
+"""Which head forecasts best? Trains ppo_lstm_predictor.py on LunarLander with other heads in place of its own; PPO is
+the same bit for bit in all of them, so the heads see the same data. One run:
 
-    python benchmark/forecast_heads.py --head knots --learning-rate 1e-3 --seed 1 --total-timesteps 500000
+    python benchmark/forecast_heads.py --head 'linear to knots' --learning-rate 2e-3 --seed 1 --total-timesteps 500000
 
 Each run appends its skills to benchmark/results/forecast_heads.csv.
 """
@@ -20,66 +20,51 @@ sys.path.insert(0, str(HERE.parent))
 import ppo_lstm_predictor as script  # noqa: E402
 
 
-class BasisPredictor(script.Predictor):
-    """The change from now, as a linear combination of fixed functions of the steps ahead, `basis` [K, H]."""
+class Linear(script.Predictor):
+    """One linear layer to every step of the horizon."""
 
     def __init__(self, feature_size: int, obs_size: int, horizon: int):
         super().__init__(feature_size, obs_size, horizon)
-        self.register_buffer("basis", self.make_basis(horizon))
-        self.head = nn.Linear(feature_size + obs_size, len(self.basis) * obs_size)
+        self.hidden, self.head = nn.Identity(), nn.Linear(feature_size + obs_size, obs_size * len(self.basis))
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, features, obs):
-        weights = self.head(torch.cat((features, obs), -1)).unflatten(-1, (self.obs_size, -1))  # [B, D, K]
-        return obs.unsqueeze(-2) + (weights @ self.basis).transpose(-1, -2)
+    def forward(self, features: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
+        changes = self.head(torch.cat((features, obs), -1)).unflatten(-1, (self.obs_size, -1)) @ self.basis
+        return obs.unsqueeze(-2) + changes.transpose(-1, -2)
 
 
-class Cosine(BasisPredictor):
-    @staticmethod
-    def make_basis(horizon: int) -> torch.Tensor:
-        k = torch.arange(horizon)
-        return torch.stack([torch.cos(math.pi * j * (k + 0.5) / horizon) for j in range(min(24, horizon))])
+def with_basis(base: type, make_basis) -> type:
+    """A head like `base` with other functions [K, H] of the steps ahead than straight lines between knots."""
+
+    class Head(base):
+        def __init__(self, feature_size: int, obs_size: int, horizon: int):
+            super().__init__(feature_size, obs_size, horizon)
+            self.register_buffer("basis", make_basis(horizon), persistent=False)
+            self.head = nn.Linear(self.head.in_features, obs_size * len(self.basis))
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+    return Head
 
 
-class Knots(BasisPredictor):
-    """Values at steps 1, 2, 3, 4, 6, 8, 12, … ahead, linearly interpolated."""
-
-    @staticmethod
-    def make_basis(horizon: int) -> torch.Tensor:
-        knots = sorted({min(horizon, round(2 ** (i / 2))) for i in range(2 * math.ceil(math.log2(horizon)) + 1)})
-        k = torch.arange(1, horizon + 1).float()
-        rows = []
-        for i, knot in enumerate(knots):
-            rise = (k - knots[i - 1]) / (knot - knots[i - 1]) if i else torch.ones_like(k)
-            fall = (knots[i + 1] - k) / (knots[i + 1] - knot) if i + 1 < len(knots) else torch.ones_like(k)
-            rows.append(torch.where(k <= knot, rise, fall).clamp(0, 1))
-        return torch.stack(rows)
+def cosines(horizon: int) -> torch.Tensor:
+    k = torch.arange(horizon)
+    return torch.stack([torch.cos(math.pi * j * (k + 0.5) / horizon) for j in range(min(24, horizon))])
 
 
-class MLP(script.Predictor):
-    def __init__(self, feature_size: int, obs_size: int, horizon: int):
-        super().__init__(feature_size, obs_size, horizon)
-        last = nn.Linear(256, horizon * obs_size)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.head = nn.Sequential(nn.Linear(feature_size + obs_size, 256), nn.ReLU(), last)
-
-
-class KnotsMLP(Knots):
-    def __init__(self, feature_size: int, obs_size: int, horizon: int):
-        super().__init__(feature_size, obs_size, horizon)
-        last = nn.Linear(256, len(self.basis) * obs_size)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.head = nn.Sequential(nn.Linear(feature_size + obs_size, 256), nn.ReLU(), last)
-
-
-HEADS = {"own": script.Predictor, "cosine": Cosine, "knots": Knots, "mlp": MLP, "knots_mlp": KnotsMLP}
+HEADS = {
+    "mlp to knots": script.Predictor,  # the script's own
+    "mlp to cosines": with_basis(script.Predictor, cosines),
+    "mlp to every step": with_basis(script.Predictor, torch.eye),
+    "linear to knots": Linear,
+    "linear to cosines": with_basis(Linear, cosines),
+    "linear to every step": with_basis(Linear, torch.eye),
+}
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--head", choices=HEADS, default="own")
-parser.add_argument("--learning-rate", type=float, default=1e-3)
+parser.add_argument("--head", choices=HEADS, default="mlp to knots")
+parser.add_argument("--learning-rate", type=float, default=3e-3)
 parser.add_argument("--samples", type=int)
 parser.add_argument("--horizon", type=int, default=200)
 parser.add_argument("--seed", type=int, default=1)
@@ -87,7 +72,7 @@ parser.add_argument("--total-timesteps", type=int, default=500_000)
 options = parser.parse_args()
 script.Predictor = HEADS[options.head]
 args = script.Args(
-    exp_name=f"heads_{options.head}",
+    exp_name=f"forecast {options.head}",
     horizon=options.horizon,
     seed=options.seed,
     total_timesteps=options.total_timesteps,

@@ -16,6 +16,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -38,8 +39,9 @@ def measure_script(updates: int, **changes) -> dict:
         "eval/episodic_return_std": 0,
         "eval/return_memoryless": 0,
     }
-    args = script.Args(total_timesteps=BATCH * updates, eval_episodes=1, runs_dir="/tmp/throughput", **changes)
-    script.train(args)
+    args = script.Args(total_timesteps=BATCH * updates, eval_episodes=1, **changes)
+    with tempfile.TemporaryDirectory() as args.runs_dir:
+        script.train(args)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"sps": BATCH * (len(times) - 3) / (times[-1] - times[2]), "peak_mb": peak}
 

@@ -72,18 +72,34 @@ def test_11_loss_is_the_mean_over_real_targets(script, freeze_extractor):
                 state = rollout.state[t, n][None]
             features, _, _, state = agent.step(rollout.obs[t, n][None], state)
             now = agent.normalize_obs(rollout.obs[t, n])
-            forecast = now + predictor.head(torch.cat((features[0], now))).reshape(30, 4)
+            forecast = predictor(features, now[None])[0]
             for k, obs in enumerate(futures[t, n][:30]):
                 errors.append((forecast[k] - agent.normalize_obs(obs)).square().mean())
     expected = torch.stack(errors).mean()
     loss = script.predictor_loss(agent, predictor, deque(rollouts), args, torch.Generator())
     assert loss.item() == pytest.approx(expected.item(), abs=1e-9)
-    weights = [*predictor.head.parameters()] + ([] if freeze_extractor else agent.extractor_parameters())
+    weights = list(predictor.parameters()) + ([] if freeze_extractor else agent.extractor_parameters())
     for got, want in zip(torch.autograd.grad(loss, weights), torch.autograd.grad(expected, weights), strict=True):
         torch.testing.assert_close(got, want, atol=1e-9, rtol=0)
     agent.zero_grad()
     script.predictor_loss(agent, predictor, deque(rollouts), args, torch.Generator()).backward()
     assert all((weight.grad is None) == freeze_extractor for weight in agent.extractor_parameters())
+
+
+@pytest.mark.parametrize("horizon", [1, 2, 5, 50, 200])
+def test_11_forecasts_are_straight_lines_between_knots(script, horizon):
+    predictor = script.Predictor(6, 3, horizon)
+    torch.nn.init.normal_(predictor.head.weight)
+    features, obs = torch.randn(7, 6), torch.randn(7, 3)
+    knots = sorted({min(horizon, round(2 ** (i / 2))) for i in range(2 * 8 + 1)})
+    hidden = torch.relu(predictor.hidden(torch.cat((features, obs), -1)))
+    changes = predictor.head(hidden).reshape(7, 3, len(knots)).detach().numpy()
+    forecast = predictor(features, obs).detach().numpy()
+    assert forecast.shape == (7, horizon, 3) and knots[0] == 1 and knots[-1] == horizon
+    for b in range(7):
+        for d in range(3):
+            line = obs[b, d].item() + np.interp(np.arange(1, horizon + 1), knots, changes[b, d])
+            np.testing.assert_allclose(forecast[b, :, d], line, rtol=1e-4, atol=1e-5)
 
 
 def test_11_skill_by_hand(script):
