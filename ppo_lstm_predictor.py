@@ -495,7 +495,7 @@ def reset(envs: VectorEnv, agent: Agent, seed: int) -> Carry:
     )
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def collect(envs: VectorEnv, agent: Agent, rollout: Rollout, carry: Carry, generator: torch.Generator) -> list:
     """Fills the rollout, moves `carry` on, and gives (return, length) of each episode that ended on the way."""
     space, device, episodes = envs.single_action_space, carry.obs.device, []
@@ -524,7 +524,7 @@ def collect(envs: VectorEnv, agent: Agent, rollout: Rollout, carry: Carry, gener
             rollout.next_obs[t, n] = final_observation(envs, infos, n, device)
             episodes.append((float(carry.returns[n]), int(carry.lengths[n])))
             carry.state[n], carry.returns[n], carry.lengths[n] = 0, 0, 0
-    rollout.value = agent.return_stats.denormalize(rollout.value)
+    rollout.value.copy_(agent.return_stats.denormalize(rollout.value))
     return episodes
 
 
@@ -700,16 +700,19 @@ def future(history: deque[Rollout], index: Tensor, horizon: int) -> tuple[Tensor
 def predictor_loss(
     agent: Agent, predictor: Predictor, history: deque[Rollout], args: Args, generator: torch.Generator
 ) -> Tensor:
-    """Mean squared error of forecasts from about `predictor_samples` steps of the oldest rollout. Their features are
-    recomputed by `unroll`, from single steps if the extractor is frozen, else from whole segments, with gradients."""
-    rollout = history[0]
-    segments = cut_segments(rollout.start, 1 if args.freeze_extractor else args.bptt_length)
-    parts = max(1, round(rollout.start.numel() / predictor_samples(args)))
-    rows = next(minibatches(segments, parts, args.num_envs, generator))
-    real = rows.index[rows.mask]  # [B]
-    obs, state = rollout.obs.flatten(0, 1), rollout.state.flatten(0, 1)
-    with torch.set_grad_enabled(not args.freeze_extractor):
-        features = agent.unroll(obs[rows.index], state[rows.index[0]], rows.flush)[0][rows.mask]  # [B, F]
+    """Mean squared error of forecasts from about `predictor_samples` steps of the oldest rollout, whose features are
+    recomputed: from single steps without gradients if the extractor is frozen, else from whole segments with them."""
+    rollout, samples = history[0], predictor_samples(args)
+    obs, state = rollout.obs.flatten(0, 1), rollout.state.flatten(0, 1)  # [T * N, ...]
+    if args.freeze_extractor:
+        real = torch.randperm(len(obs), generator=generator, device=obs.device)[:samples]  # [B]
+        with torch.no_grad():
+            features, *_ = agent.step(obs[real], state[real])  # [B, F]
+    else:
+        segments = cut_segments(rollout.start, args.bptt_length)
+        rows = next(minibatches(segments, math.ceil(len(obs) / samples), args.num_envs, generator))
+        real = rows.index[rows.mask]
+        features = agent.unroll(obs[rows.index], state[rows.index[0]], rows.flush)[0][rows.mask]
     target, mask = future(history, real, args.horizon)  # [B, H, D], [B, H]
     forecast = predictor(features, agent.normalize_obs(obs[real]))
     error = (forecast - agent.normalize_obs(target)).square().mean(-1)  # [B, H]

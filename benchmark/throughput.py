@@ -56,7 +56,9 @@ def measure_loop(updates: int) -> dict:
             features, (h, c) = self.lstm(self.encode(obs)[None], (h, c))
             return features[0], *self.heads(features[0], action_mask), torch.stack((h, c)).permute(2, 0, 1, 3)
 
-        def unroll(self, obs, state, action_mask=None):  # obs [T, N, D + 1], the last entry marks episode starts
+        def unroll(
+            self, obs, state, flush=None, action_mask=None
+        ):  # obs [T, N, D + 1], the last entry marks episode starts
             features, x = [], self.encode(obs[..., :-1])
             h, c = state.permute(1, 2, 0, 3).contiguous()
             for t in range(len(x)):
