@@ -959,17 +959,24 @@ def setup(args: Args) -> tuple[torch.device, int, int]:
     return device, dist.get_rank(), dist.get_world_size()
 
 
-def make_run_dir(args: Args) -> Path:
-    """The run's folder, with its arguments and the code as it runs."""
+def open_run(args: Args, progress: Progress) -> tuple[Path, SummaryWriter]:
+    """The run's folder, with its arguments and the code as it runs, and the writer of its TensorBoard events."""
     if args.resume:
-        return Path(args.resume)
+        return Path(args.resume), SummaryWriter(args.resume, purge_step=progress.global_step + 1)
     env_name = args.env_id.replace("/", "-").replace(":", "-")
     run_dir = Path(args.runs_dir, f"{env_name}__{args.exp_name}__{args.seed}__{int(time.time())}")
     run_dir.mkdir(parents=True)
     (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
     shutil.copy(__file__, run_dir)
     shutil.copytree(Path(__file__).parent / "common", run_dir / "common", ignore=shutil.ignore_patterns("__pycache__"))
-    return run_dir
+    return run_dir, SummaryWriter(run_dir)
+
+
+def progress_bar(args: Args, progress: Progress, rank: int) -> tqdm:
+    """On standard error; where that is no terminal, a line every 30 s."""
+    style = {} if sys.stderr.isatty() else {"mininterval": 30, "bar_format": "{l_bar}{bar}{r_bar}\n"}
+    style |= {"initial": progress.global_step, "unit": "step", "unit_scale": True, "disable": rank > 0}
+    return tqdm(total=args.total_timesteps, **style)
 
 
 def sum_and_clip(weights: list[nn.Parameter], max_norm: float) -> Tensor:
@@ -1021,12 +1028,8 @@ def train(args: Args) -> dict:
     if rank == 0 and not args.resume:
         progress.random = float(evaluate(agent, args, "random").returns.mean())
         progress.before = float(evaluate(agent, args).returns.mean())
-    run_dir = make_run_dir(args) if rank == 0 else None
-    writer = SummaryWriter(run_dir, purge_step=progress.global_step + 1 if args.resume else None) if rank == 0 else None
-    # a bar on a terminal, else a line every 30 s
-    interval, line_end = (0.1, "") if sys.stderr.isatty() else (30, "\n")
-    bar = tqdm(total=args.total_timesteps, initial=progress.global_step, unit="step", unit_scale=True, disable=rank > 0)
-    bar.mininterval, bar.bar_format = interval, "{l_bar}{bar}{r_bar}" + line_end
+    run_dir, writer = open_run(args, progress) if rank == 0 else (None, None)
+    bar = progress_bar(args, progress, rank)
     history = deque(maxlen=history_length(args))  # the last rollouts
     steps_per_update, steps_done, seconds, stop = world * args.num_envs * args.num_steps, 0, 0.0, False
     try:
@@ -1128,6 +1131,8 @@ def main() -> None:
             saved = load(source)["args"] | {"evaluate": args.evaluate, "resume": args.resume, "init_from": None}
             args = tyro.cli(Args, default=Args(**saved))
         result = train(args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

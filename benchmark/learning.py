@@ -2,7 +2,7 @@
 
     python benchmark/learning.py cartpole        # 3 minutes
     python benchmark/learning.py lander          # 8 minutes
-    python benchmark/learning.py lander_hidden   # 15 minutes; installs sb3-contrib into benchmark/.venv-sb3 first
+    python benchmark/learning.py lander_hidden   # 10 minutes; installs sb3-contrib into benchmark/.venv-sb3 first
     python benchmark/learning.py flycraft        # 10 minutes; needs requirements-envs.txt
 
 Results: {task}_curves.csv, {task}_final.csv and {task}.png in benchmark/results/. `--plot-only` draws them again.
@@ -26,7 +26,7 @@ from throughput import sb3_python
 HERE = Path(__file__).parent
 CARTPOLE = "ppo_lstm_predictor.py --env-id CartPole-v1 --visible 0 2 --total-timesteps 100000 --eval-episodes 100"
 LANDER = "ppo_lstm_predictor.py --horizon 200 --total-timesteps 1000000 --eval-episodes 100 --checkpoint-every 0"
-HIDDEN = "--env-id LunarLander-v3 --visible 0 1 4 6 7 --total-timesteps 500000 --eval-episodes 100"
+HIDDEN = "--env-id LunarLander-v3 --visible 0 1 4 6 7 --total-timesteps 300000 --eval-episodes 100"
 FLYCRAFT = "ppo_lstm_predictor.py --env-id environments.flycraft:FlyCraftEasy-v0 --vectorization async"
 TASKS = {  # task: (seeds, title, {label: command})
     "cartpole": (
@@ -44,7 +44,7 @@ TASKS = {  # task: (seeds, title, {label: command})
             "sb3-contrib RecurrentPPO": f"benchmark/sb3_recurrent_ppo.py {HIDDEN} --normalize",
         },
     ),
-    "flycraft": (range(1, 2), "FlyCraftEasy-v0", {"PPO-LSTM": f"{FLYCRAFT} --total-timesteps 500000"}),
+    "flycraft": (range(1, 2), "FlyCraftEasy-v0", {"PPO-LSTM": f"{FLYCRAFT} --total-timesteps 300000"}),
 }
 
 
