@@ -490,9 +490,8 @@ def reset(envs: VectorEnv, agent: Agent, seed: int) -> Carry:
     obs, infos = envs.reset(seed=seed)
     state, n = agent.initial_state(envs.num_envs), envs.num_envs
     obs, action_mask = observe(envs, obs, infos, state.device)
-    return Carry(
-        obs, torch.ones(n, dtype=torch.bool, device=state.device), state, action_mask, np.zeros(n), np.zeros(n, int)
-    )
+    start = torch.ones(n, dtype=torch.bool, device=state.device)
+    return Carry(obs, start, state, action_mask, np.zeros(n), np.zeros(n, int))
 
 
 @torch.inference_mode()
@@ -577,11 +576,12 @@ class Rows(NamedTuple):
 def lay_rows(segments: Segments, num_envs: int) -> Rows:
     """Longest first, each behind the row that ends soonest, if it fits there: hardly any padding (detail 2)."""
     length, fresh = segments.length.tolist(), segments.fresh.tolist()
+    longest = max(length)
     ends: list[tuple[int, int]] = []  # heap of (steps in the row, row)
     place = [(0, 0)] * len(length)  # (row, step within it) of each segment
     for i in sorted(range(len(length)), key=lambda i: (fresh[i], -length[i])):
         row, step = len(ends), 0
-        if fresh[i] and ends and ends[0][0] + 1 + length[i] <= max(length):
+        if fresh[i] and ends and ends[0][0] + 1 + length[i] <= longest:
             end, row = heapq.heappop(ends)
             step = end + 1
         heapq.heappush(ends, (step + length[i], row))
