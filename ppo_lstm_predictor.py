@@ -84,7 +84,7 @@ class Args:
     # --- PPO
     total_timesteps: int = 500_000
     """environment steps to train for, over all environments and processes"""
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     """Adam's step size"""
     num_envs: int = 16
     """environments of each process"""
