@@ -1,6 +1,7 @@
 """Learning curves: runs each command of a task over its seeds, writes curves and evaluations to CSV and plots them.
 
     python benchmark/learning.py cartpole        # 3 minutes
+    python benchmark/learning.py bptt            # 3 minutes
     python benchmark/learning.py lander          # 8 minutes
     python benchmark/learning.py lander_hidden   # 10 minutes; installs sb3-contrib into benchmark/.venv-sb3 first
     python benchmark/learning.py flycraft        # 10 minutes; needs requirements-envs.txt
@@ -33,6 +34,15 @@ TASKS = {  # task: (seeds, title, {label: command})
         range(1, 6),
         "CartPole-v1 without velocities",
         {"PPO-LSTM": CARTPOLE, "without memory (--no-recurrent)": f"{CARTPOLE} --no-recurrent"},
+    ),
+    "bptt": (
+        range(1, 4),
+        "CartPole-v1 without velocities: truncated backpropagation",
+        {
+            "whole rollouts": f"{CARTPOLE} --no-predictor",
+            "8 steps": f"{CARTPOLE} --no-predictor --bptt-length 8",
+            "8 steps, refreshed states": f"{CARTPOLE} --no-predictor --bptt-length 8 --refresh-states",
+        },
     ),
     "lander": (range(1, 4), "LunarLander-v3", {"PPO-LSTM with predictor, horizon 200": LANDER}),
     "lander_hidden": (
