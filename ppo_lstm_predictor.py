@@ -12,6 +12,7 @@ PPO is Schulman et al. 2017, arXiv 1707.06347. Numbers such as `detail 5` refer 
 """
 
 import heapq
+import importlib.util
 import json
 import math
 import os
@@ -173,6 +174,8 @@ def check(args: Args) -> None:
     need(args.num_minibatches <= args.num_envs, "--num-minibatches must not exceed --num-envs")
     exclusive = [args.resume, args.init_from, args.evaluate]
     need(sum(map(bool, exclusive)) <= 1, "--resume, --init-from and --evaluate exclude each other")
+    moviepy = not args.capture_video or importlib.util.find_spec("moviepy")
+    need(moviepy, "--capture-video needs moviepy: pip install -r requirements-envs.txt")
     try:
         env = make_env(args)
         names, space = entry_names(env.observation_space), env.action_space

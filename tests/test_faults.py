@@ -1,6 +1,7 @@
 """What happens when things go wrong: wrong input, signals, crashes, broken environments, hostile checkpoints."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pickle
@@ -96,6 +97,12 @@ def test_wrong_input_from_the_shell(script_path, tmp_path):
     result = run(script_path, "--env-id", "LunarLandr-v3", "--runs-dir", tmp_path)
     assert result.returncode == 2 and "LunarLander" in result.stderr and "Traceback" not in result.stderr
     assert run(script_path, "--num-envs", "many").returncode == 2
+
+
+def test_videos_need_their_package_before_any_work(script, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(script.InputError, match="needs moviepy"):
+        script.check(script.Args(capture_video=True))
 
 
 def test_unknown_action_space(script, tmp_path):
