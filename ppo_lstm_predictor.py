@@ -815,12 +815,13 @@ def evaluate(
     while left.any():
         state = torch.zeros_like(carry.state) if policy == "memoryless" else carry.state
         _, params, _, carry.state = agent.step(carry.obs, state, carry.action_mask)
-        if policy == "random" and carry.action_mask is not None:
-            params = carry.action_mask.float().log()
-        action, _ = sample(params, space, None if args.eval_deterministic and policy != "random" else generator)
-        uniform = policy == "random" and carry.action_mask is None
-        step = envs.step(envs.action_space.sample() if uniform else env_action(action, space))
-        obs, reward, terminated, truncated, infos = step
+        if policy == "random" and carry.action_mask is None:
+            action = envs.action_space.sample()
+        elif policy == "random":  # uniform over what is allowed
+            action = env_action(sample(carry.action_mask.float().log(), space, generator)[0], space)
+        else:
+            action = env_action(sample(params, space, None if args.eval_deterministic else generator)[0], space)
+        obs, reward, terminated, truncated, infos = envs.step(action)
         carry.obs, carry.action_mask = observe(envs, obs, infos, carry.obs.device)
         carry.returns += reward
         carry.lengths += 1
