@@ -83,6 +83,15 @@ def rows_loss(script, agent, rollout, space, args, rows=None):
     return script.ppo_loss(agent, rollout, rows, space, args, rollout.reward.numel())[0]
 
 
+def assert_is_the_loop(script, agent, rollout, space, args):
+    disturb(agent)
+    expected = reference_loss(agent, rollout, space, args)
+    expected_gradient = gradients(expected, agent)
+    loss = rows_loss(script, agent, rollout, space, args)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-9)
+    torch.testing.assert_close(gradients(loss, agent), expected_gradient, atol=1e-9, rtol=0)
+
+
 @pytest.mark.parametrize("bptt_length", [0, 1, 8, 1000])
 @pytest.mark.parametrize("lengths", [(1,), (5,), (3, 1, 7, 40, 2), (100,)])
 def test_01_segments_are_the_step_by_step_loop(script, lengths, bptt_length):
@@ -91,12 +100,7 @@ def test_01_segments_are_the_step_by_step_loop(script, lengths, bptt_length):
         args, agent, space, (_, rollout), _ = play(
             script, seed=seed, dtype=torch.float64, env=env, bptt_length=bptt_length
         )
-        disturb(agent)
-        expected = reference_loss(agent, rollout, space, args)
-        expected_gradient = gradients(expected, agent)
-        loss = rows_loss(script, agent, rollout, space, args)
-        assert loss.item() == pytest.approx(expected.item(), abs=1e-9)
-        torch.testing.assert_close(gradients(loss, agent), expected_gradient, atol=1e-9, rtol=0)
+        assert_is_the_loop(script, agent, rollout, space, args)
 
 
 @pytest.mark.parametrize("action", ["discrete", "multidiscrete", "box"])
@@ -104,12 +108,7 @@ def test_01_segments_are_the_step_by_step_loop(script, lengths, bptt_length):
 def test_01_for_every_action_space_and_network(script, action, changes):
     env = MIXED | {"action": action, "masked": action != "box"}
     args, agent, space, (_, rollout), _ = play(script, dtype=torch.float64, env=env, bptt_length=4, **changes)
-    disturb(agent)
-    expected = reference_loss(agent, rollout, space, args)
-    expected_gradient = gradients(expected, agent)
-    loss = rows_loss(script, agent, rollout, space, args)
-    assert loss.item() == pytest.approx(expected.item(), abs=1e-9)
-    torch.testing.assert_close(gradients(loss, agent), expected_gradient, atol=1e-9, rtol=0)
+    assert_is_the_loop(script, agent, rollout, space, args)
 
 
 def test_02_float32_gradient(script):
