@@ -512,6 +512,8 @@ def collect(envs: VectorEnv, agent: Agent, rollout: Rollout, carry: Carry, gener
         try:
             obs, reward, terminated, truncated, infos = envs.step(env_action(action, space))
         except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+            if not isinstance(envs, AsyncVectorEnv):
+                raise
             for process in envs.processes:  # Gymnasium's close would wait for the dead one
                 process.terminate()
             envs.closed = True
