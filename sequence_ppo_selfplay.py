@@ -41,6 +41,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common.gae import gae
+from environments.games import Turn
 from environments.openspiel import Level, OpenSpielGames, exploitability
 
 
@@ -279,12 +280,12 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(size)
         self.qkv = init_linear(size, 3 * size, gain=1.0)
         self.out = init_linear(size, size, gain=1.0)
-        self.register_buffer("frequencies", 10_000 ** -torch.linspace(0, 1, size // 2), persistent=False)
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, count: Tensor) -> tuple[Tensor, ...]:
         """x [L, N, H], caches [N, C, H], count [N] -> the same, after L more steps."""
         position = count[:, None] + torch.arange(len(x), device=x.device)  # [N, L]
-        angle = position[..., None].to(x.dtype) * self.frequencies  # [N, L, H / 2]
+        frequencies = 10_000 ** -torch.linspace(0, 1, x.shape[-1] // 2, dtype=x.dtype, device=x.device)
+        angle = position[..., None] * frequencies  # [N, L, H / 2]
         x = x.transpose(0, 1)  # [N, L, H]
         q, k, v = self.qkv(self.norm(x) + torch.cat((angle.sin(), angle.cos()), -1)).chunk(3, -1)
         keys, values = write(keys, position, k), write(values, position, v)  # [N, C, H]
@@ -301,7 +302,7 @@ def write(cache: Tensor, position: Tensor, new: Tensor) -> Tensor:
 
 
 class Net(nn.Module):
-    """encoder -> LSTM and/or attention, or a feed-forward layer -> head."""
+    """encoder -> LSTM and/or attention -> feed-forward layer (without it if there is an LSTM alone) -> head."""
 
     def __init__(self, obs_size: int, outputs: int, head_gain: float, args: Args):
         super().__init__()
@@ -311,7 +312,8 @@ class Net(nn.Module):
         for name, weight in self.lstm.named_parameters() if self.lstm else ():
             nn.init.zeros_(weight) if "bias" in name else nn.init.orthogonal_(weight)
         self.attention = Attention(self.size) if "attention" in args.network else None
-        self.mlp = nn.Sequential(init_linear(self.size, self.size, gain=math.sqrt(2)), nn.Tanh())
+        mlp = nn.Sequential(init_linear(self.size, self.size, gain=math.sqrt(2)), nn.Tanh())
+        self.mlp = mlp if args.network != "lstm" else None
         self.head = init_linear(self.size, outputs, head_gain)
 
     def initial_state(self, n: int) -> State:
@@ -335,7 +337,7 @@ class Net(nn.Module):
             lstm = torch.stack((h[0], c[0]), 1)
         if self.attention:
             x, keys, values, count = self.attention(x, keys, values, count)
-        if self.attention or not self.lstm:
+        if self.mlp:
             x = self.mlp(x)
         return self.head(x), State(lstm, keys, values, count)
 
@@ -439,69 +441,87 @@ def batches(first: Tensor, length: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
             begin = end
 
 
+class Seats:
+    """Who sits where and what they remember; row 2 * slot + player of everything."""
+
+    def __init__(self, num_games: int, pairs: list[tuple[Player, Player]], device: torch.device):
+        self.players = list({player: None for pair in pairs for player in pair})
+        self.who = np.zeros(2 * num_games, int)  # an index into players
+        self.sequence = torch.zeros(2 * num_games, dtype=torch.int64, device=device)
+        self.last_action = torch.full((2 * num_games,), -1, device=device)
+        nets = [player.net for player in self.players if player.net]
+        self.state = nets[0].initial_state(2 * num_games) if nets else None
+
+    def begin(self, slot: int, pair: tuple[Player, Player], game: int) -> None:
+        both = slice(2 * slot, 2 * slot + 2)
+        self.who[both] = [self.players.index(player) for player in pair]
+        self.sequence[both] = 2 * game + torch.arange(2, device=self.sequence.device)
+        self.last_action[both] = -1
+        if self.state:
+            self.state.lstm[both], self.state.count[both] = 0, 0
+
+    def decide(
+        self, games, turn: Turn, generator: torch.Generator, learner: Player | None
+    ) -> tuple[Tensor, Decisions | None]:
+        """Actions [M] of everybody whose turn it is, and the decisions of the learner."""
+        device, decisions = generator.device, None
+        seat, obs, action_mask, reward = (torch.from_numpy(x).to(device) for x in turn[:4])
+        obs = with_last_action(obs, self.last_action[seat], games.num_actions)
+        if not torch.isfinite(obs).all():
+            raise FloatingPointError("a game returned a non-finite observation")
+        if len(stuck := (~action_mask.any(1)).nonzero()):
+            raise ValueError(f"the game in slot {int(seat[stuck[0]]) // 2} allows no action at all")
+        action, logits = torch.zeros_like(seat), torch.zeros_like(action_mask, dtype=obs.dtype)
+        for i in np.unique(self.who[turn.seat]):
+            player, rows = self.players[i], torch.from_numpy(np.flatnonzero(self.who[turn.seat] == i)).to(device)
+            if player.name in games.scripted:
+                action[rows] = torch.tensor([games.choose(player.name, s) for s in seat[rows].tolist()], device=device)
+                continue
+            if player.net:
+                before = self.state.take(seat[rows]) if player.sequence else player.net.initial_state(len(rows))
+                logits[rows], after = player.net.step(obs[rows], before)
+                self.state = self.state.put(seat[rows], after) if player.sequence else self.state
+            logprobs = masked_logprobs(logits[rows], action_mask[rows])
+            action[rows] = sample(logprobs, None if player.deterministic else generator)
+            if player is learner:
+                logprob = logprobs.gather(1, action[rows, None])[:, 0]
+                made = self.sequence[seat], obs, action_mask, action
+                decisions = Decisions(*(x[rows] for x in made), logprob, reward[rows])
+        self.last_action[seat] = action
+        return action, decisions
+
+
 @torch.no_grad()
 def play(
     games, pairs: list[tuple[Player, Player]], generator: torch.Generator, learner: Player | None = None
 ) -> tuple[np.ndarray, Sequences | None, int]:
     """Plays a game for every pair of players, as many at once as there are slots. Gives the payoffs [G, 2], the
     sequences of `learner`, and how many games were lost to faults; each of those is played again."""
-    device, num_actions = generator.device, games.num_actions
-    players = list({player: None for pair in pairs for player in pair})
-    number = {player: i for i, player in enumerate(players)}
-    who = np.zeros(2 * games.num_games, int)  # the player in each seat
-    game = np.zeros(games.num_games, int)  # the pair that plays in each slot
-    last_action = torch.full((2 * games.num_games,), -1, device=device)
-    nets = [player.net for player in players if player.net]
-    state = nets[0].initial_state(2 * games.num_games) if nets else None
-    sequence = np.zeros(2 * games.num_games, int)  # number of the sequence in each seat
+    seats = Seats(games.num_games, pairs, generator.device)
     payoffs = np.full((len(pairs), 2), np.nan, np.float32)
-    last_rewards, decisions = [], []  # [2] of each game begun; Decisions
     waiting, free = deque(range(len(pairs))), deque(range(games.num_games))
+    running = {}  # slot -> (pair that plays there, number of the game)
+    last_rewards, decisions = [], []  # [2] of each game, in the order of their start; Decisions
     while np.isnan(payoffs).any():
         starting = [free.popleft() for _ in range(min(len(free), len(waiting)))]
         for slot in starting:
-            game[slot] = waiting.popleft()
-            seats = slice(2 * slot, 2 * slot + 2)
-            who[seats] = [number[player] for player in pairs[game[slot]]]
-            sequence[seats] = 2 * len(last_rewards), 2 * len(last_rewards) + 1
+            pair, game = running[slot] = waiting.popleft(), len(last_rewards)
+            seats.begin(slot, pairs[pair], game)
             last_rewards.append([np.nan, np.nan])
-            last_action[seats] = -1
-            if state is not None:
-                state.lstm[seats], state.count[seats] = 0, 0
         games.start(starting)
         turn = games.observe()
         for slot, payoff, reward in turn.ended:
             free.append(slot)
+            pair, game = running[slot]
             if payoff is None:
-                waiting.append(game[slot])
+                waiting.append(pair)
             else:
-                payoffs[game[slot]], last_rewards[sequence[2 * slot] // 2] = payoff, list(reward)
-        seat, obs = torch.from_numpy(turn.seat).to(device), torch.from_numpy(turn.obs).to(device)
-        obs = with_last_action(obs, last_action[seat], num_actions)
-        action_mask, action = torch.from_numpy(turn.action_mask).to(device), torch.zeros_like(seat)
-        if not torch.isfinite(obs).all():
-            raise FloatingPointError("a game returned a non-finite observation")
-        for i in np.unique(who[turn.seat]):
-            player, rows = players[i], torch.from_numpy(np.flatnonzero(who[turn.seat] == i)).to(device)
-            if player.name in games.scripted:
-                action[rows] = torch.tensor([games.choose(player.name, s) for s in seat[rows].tolist()], device=device)
-                continue
-            logits = torch.zeros_like(action_mask[rows], dtype=obs.dtype)
-            if player.net:
-                before = state.take(seat[rows]) if player.sequence else player.net.initial_state(len(rows))
-                logits, after = player.net.step(obs[rows], before)
-                state = state.put(seat[rows], after) if player.sequence else state
-            logprobs = masked_logprobs(logits, action_mask[rows])
-            action[rows] = sample(logprobs, None if player.deterministic else generator)
-            if player is learner:
-                logprob = logprobs.gather(1, action[rows, None])[:, 0]
-                numbers, reward = torch.from_numpy(sequence[turn.seat]), torch.from_numpy(turn.reward)
-                columns = obs[rows], action_mask[rows], action[rows], logprob
-                decisions.append(Decisions(numbers.to(device)[rows], *columns, reward.to(device)[rows]))
-        last_action[seat] = action
+                payoffs[pair], last_rewards[game] = payoff, list(reward)
+        action, made = seats.decide(games, turn, generator, learner)
         games.act(turn.seat, action.cpu().numpy())
-    data = Sequences(decisions, torch.tensor(last_rewards, device=device).flatten()) if decisions else None
-    return payoffs, data, len(last_rewards) - len(pairs)
+        decisions += [made] if made else []
+    rewards = torch.tensor(last_rewards, dtype=torch.float32, device=generator.device).flatten()
+    return payoffs, Sequences(decisions, rewards) if decisions else None, len(last_rewards) - len(pairs)
 
 
 @torch.no_grad()
@@ -545,13 +565,12 @@ def minibatches(
 
 def automatic_bptt(first: Tensor, length: Tensor, args: Args, num_features: int) -> int:
     """The most steps whose activations fit `memory_budget_mb` for the largest batch of these sequences; 0 = all. The
-    constants count what autograd keeps of two nets for a decision, in floats (detail 6)."""
-    floats = num_features + 30 * args.hidden_size
-    longest = int(length.max())
-    if "attention" in args.network:
-        floats += 2 * longest * (HEADS + args.hidden_size // 8)
-    widest = max(index.shape[1] for index, _ in batches(first, length))
-    steps = int(args.memory_budget_mb * 1e6 / (4 * floats * widest))
+    factors were read off the tensors that autograd keeps of both nets (detail 6)."""
+    longest, widest = int(length.max()), max(index.shape[1] for index, _ in batches(first, length))
+    lstm, attention = "lstm" in args.network, "attention" in args.network
+    caches = 4 * longest * args.hidden_size * attention  # floats of a sequence
+    per_step = num_features + args.hidden_size * (5 + 33 * lstm + 20 * attention) + 2 * longest * attention
+    steps = int((args.memory_budget_mb * 1e6 / 4 / widest - caches) / per_step)
     return 0 if steps >= longest else max(1, steps)
 
 

@@ -1,4 +1,4 @@
-"""`pytest --script my_copy.py` runs the suite on a copy of ppo_lstm_predictor.py."""
+"""`pytest --script my_copy.py` runs the suite on a copy of a training script, and only that script's part of it."""
 
 import importlib.util
 import sys
@@ -9,21 +9,44 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+SIGNS = {"ppo_lstm_predictor.py": "class Predictor(", "sequence_ppo_selfplay.py": "class Sequences:"}  # only there
 
 
 def pytest_addoption(parser):
-    parser.addoption("--script", default=str(ROOT / "ppo_lstm_predictor.py"), help="the training script to test")
+    parser.addoption("--script", default=None, help="the copy of a training script to test")
+
+
+def path_of(request, original: str) -> Path:
+    """The original or, if it was copied from that, the copy."""
+    copy = request.config.getoption("--script")
+    if copy and SIGNS[original] not in Path(copy).read_text():
+        pytest.skip(f"{copy} is no copy of {original}")
+    return Path(copy or ROOT / original).resolve()
+
+
+def module_of(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.set_num_threads(1)
+    return module
 
 
 @pytest.fixture(scope="session")
 def script_path(request) -> Path:
-    return Path(request.config.getoption("--script")).resolve()
+    return path_of(request, "ppo_lstm_predictor.py")
 
 
 @pytest.fixture(scope="session")
 def script(script_path):
-    spec = importlib.util.spec_from_file_location(script_path.stem, script_path)
-    module = sys.modules[script_path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    torch.set_num_threads(1)
-    return module
+    return module_of(script_path)
+
+
+@pytest.fixture(scope="session")
+def selfplay_path(request) -> Path:
+    return path_of(request, "sequence_ppo_selfplay.py")
+
+
+@pytest.fixture(scope="session")
+def selfplay(selfplay_path):
+    return module_of(selfplay_path)

@@ -1,0 +1,217 @@
+"""Whole runs of sequence_ppo_selfplay.py: the same seed, resume, evaluation, signals, wrong input, two processes."""
+
+import copy
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from test_faults import checkpoints_equal, environment, run, start, wait_for_checkpoint
+from toys import same_but_for_time, scalars
+
+SMALL = {
+    "env_id": "kuhn_poker",
+    "num_envs": 32,
+    "games_per_update": 64,
+    "num_minibatches": 2,
+    "hidden_size": 8,
+    "eval_episodes": 10,
+    "elo_games": 4,
+    "snapshot_every": 128,
+    "checkpoint_every": 3,
+    "opponents": "self:0.5,past:0.4,random:0.1",
+}
+FLAGS = [part for name, value in SMALL.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def small_run(selfplay, folder, **changes):
+    args = selfplay.Args(**({"total_timesteps": 1000, "runs_dir": str(folder)} | SMALL | changes))
+    return selfplay.train(args)
+
+
+@pytest.mark.parametrize("network", ["lstm", "attention", "lstm_attention", "mlp"])
+def test_the_same_seed_gives_the_same_scalars(selfplay, tmp_path, network):
+    first, second = (small_run(selfplay, tmp_path / name, network=network) for name in "ab")
+    tags = scalars(first["run_dir"])
+    others = scalars(second["run_dir"])
+    for tag in ("selfplay/games_per_s", "selfplay/play_share"):
+        del tags[tag], others[tag]
+    same_but_for_time(tags, others)
+    assert first["exploitability"] == second["exploitability"]
+
+
+def test_logged_action_frequencies_are_those_of_the_games(selfplay, tmp_path, monkeypatch):
+    real, counts = selfplay.play, []
+
+    def spy(games, pairs, generator, learner=None):
+        payoffs, data, lost = real(games, pairs, generator, learner)
+        if data is not None:
+            counts.append(np.bincount(data.action.numpy(), minlength=2) / len(data.action))
+        return payoffs, data, lost
+
+    monkeypatch.setattr(selfplay, "play", spy)
+    tags = scalars(small_run(selfplay, tmp_path)["run_dir"])
+    logged = np.array([[value for _, value in tags[f"actions/{action}"]] for action in range(2)]).T
+    np.testing.assert_allclose(logged, counts, rtol=1e-6)
+    np.testing.assert_allclose(logged.sum(1), 1, rtol=1e-6)
+
+
+def test_first_ratio_is_one_in_every_update(selfplay, tmp_path):
+    result = small_run(selfplay, tmp_path, network="lstm_attention", num_envs=7, env_id="leduc_poker")
+    assert all(error < 1e-4 for _, error in scalars(result["run_dir"])["losses/first_ratio_error"])
+
+
+def test_resume_keeps_pool_counters_and_curve(selfplay, tmp_path):
+    first = small_run(selfplay, tmp_path)
+    state = selfplay.load(f"{first['run_dir']}/checkpoint.pt")
+    before = scalars(first["run_dir"])["charts/SPS"]
+    args = selfplay.Args(**(state["args"] | {"resume": first["run_dir"], "total_timesteps": 2000}))
+    seen, real = {}, selfplay.restore
+
+    def spy(parts, state, args):
+        progress = real(parts, state, args)
+        kept = {name: x.state_dict() for name, x in parts.items() if name != "rng"}
+        seen["state"] = copy.deepcopy(kept)
+        seen["pool"] = [
+            (player.name, len(recent)) for player, recent in zip(parts["pool"].players, parts["pool"].recent)
+        ]
+        seen["lr"] = parts["optimizer"].state_dict()["state"][0]["step"]
+        return progress
+
+    selfplay.restore = spy
+    try:
+        second = selfplay.train(args)
+    finally:
+        selfplay.restore = real
+    for name, saved in seen["state"].items():
+        assert checkpoints_equal(saved, state[name]), name
+    assert len(seen["pool"]) > 3 and seen["pool"][0] == "snapshot 0" and sum(map(len, state["pool"]["recent"])) > 20
+    assert second["run_dir"] == first["run_dir"] and second["global_step"] >= 2000 > first["global_step"]
+    after = scalars(first["run_dir"])["charts/SPS"]
+    assert after[: len(before)] == before and len(after) > len(before)
+    assert [step for step, _ in after] == sorted(step for step, _ in after)
+    assert selfplay.load(f"{first['run_dir']}/checkpoint.pt")["pool"]["made"][-1] > state["pool"]["made"][-1]
+
+
+def test_evaluate_transfer_and_head_to_head(selfplay, selfplay_path, tmp_path):
+    first, second = (small_run(selfplay, tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 2)))
+    checkpoint, other = (f"{result['run_dir']}/checkpoint.pt" for result in (first, second))
+    result = run(selfplay_path, "--evaluate", checkpoint)
+    assert result.returncode == 0, result.stderr
+    again = json.loads(result.stdout.splitlines()[-1])
+    for name in ("exploitability", "exploitability_average", "global_step"):
+        assert again[name] == first[name]
+    result = run(selfplay_path, "--evaluate", checkpoint, "--against", other, "--eval-episodes", 40)
+    assert result.returncode == 0, result.stderr
+    rates = json.loads(result.stdout.splitlines()[-1])["win_rates"]
+    assert list(rates) == [other] and 0 <= rates[other] <= 1
+    started = small_run(selfplay, tmp_path / "c", init_from=checkpoint, seed=5)
+    assert started["before"]["selfplay/exploitability"] == pytest.approx(first["exploitability"])
+
+
+def test_a_checkpoint_of_another_game_or_network_is_refused(selfplay, tmp_path):
+    result = small_run(selfplay, tmp_path)
+    checkpoint = f"{result['run_dir']}/checkpoint.pt"
+    args = selfplay.Args(**(selfplay.load(checkpoint)["args"] | {"evaluate": checkpoint}))
+    for change in ({"env_id": "leduc_poker"}, {"network": "mlp"}, {"hidden_size": 16}, {"sequence": False}):
+        with pytest.raises(selfplay.InputError, match=next(iter(change))):
+            selfplay.train(dataclasses.replace(args, **change))
+    with pytest.raises(selfplay.InputError, match="raise --total-timesteps"):
+        selfplay.train(dataclasses.replace(args, evaluate=None, resume=result["run_dir"]))
+
+
+WRONG = [
+    (["--env-id", "leduc_pokr"], "leduc_poker"),
+    (["--env-id", "tic_tac_toe", "--env-kwargs", "{oops"], "tic_tac_toe"),
+    (["--env-id", "kuhn_poker", "--env-kwargs", '{"players": 3}'], "two-player"),
+    (["--env-id", "kuhn_poker", "--env-kwargs", '{"nonsense": 3}'], "nonsense"),
+    (["--num-envs", "0"], "--num-envs must be above 0"),
+    (["--gamma", "1.5"], "--gamma must be at most 1"),
+    (["--ref-kl-coef", "-1"], "--ref-kl-coef must not be negative"),
+    (["--bptt-length", "-2"], "--bptt-length"),
+    (["--hidden-size", "30"], "--hidden-size must be a multiple of 4"),
+    (["--opponents", "self"], "expected name:share"),
+    (["--opponents", "self:0.5,heuristic:0.5"], "no opponent heuristic"),
+    (["--opponents", "self:0"], "all shares are 0"),
+    (["--opponents", "self:1,past:-0.1"], "share of past is negative"),
+    (["--against", "random"], "--against needs --evaluate"),
+    (["--evaluate", "nowhere.pt"], "nowhere.pt"),
+    (["--resume", "nowhere"], "nowhere/checkpoint.pt"),
+    (["--init-from", "nowhere.pt"], "nowhere.pt"),
+    (["--resume", "a", "--init-from", "b"], "a/checkpoint.pt"),
+]
+
+
+@pytest.mark.parametrize("args, message", WRONG)
+def test_wrong_input_is_one_line_and_exit_code_2(selfplay, selfplay_path, tmp_path, args, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(selfplay_path), *args, "--runs-dir", str(tmp_path / "runs")])
+    with pytest.raises(SystemExit) as exit:
+        selfplay.main()
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and message in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_says_how_to_go_on_and_exits(selfplay, selfplay_path, tmp_path, number, code):
+    flags = [*FLAGS, "--runs-dir", tmp_path, "--checkpoint-every", 1]
+    process = start(selfplay_path, *flags, "--total-timesteps", 10**9)
+    checkpoint = wait_for_checkpoint(process, tmp_path)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert f"--resume {checkpoint.parent}" in err and "Traceback" not in err and not out
+    saved = selfplay.load(checkpoint)["progress"]
+    assert saved["global_step"] == scalars(checkpoint.parent)["charts/SPS"][-1][0]
+    more = run(selfplay_path, "--resume", checkpoint.parent, "--total-timesteps", saved["global_step"] + 64)
+    assert more.returncode == 0, more.stderr
+    assert json.loads(more.stdout.splitlines()[-1])["global_step"] > saved["global_step"]
+
+
+def test_a_lost_connection_saves_first(selfplay, tmp_path, monkeypatch):
+    real, calls = selfplay.play, []
+
+    def broken(games, pairs, generator, learner=None):
+        calls.append(learner)
+        if sum(player is not None for player in calls) == 5:
+            raise ConnectionError("the server is gone")
+        return real(games, pairs, generator, learner)
+
+    monkeypatch.setattr(selfplay, "play", broken)
+    with pytest.raises(ConnectionError, match="the server is gone"):
+        small_run(selfplay, tmp_path, checkpoint_every=0)
+    assert selfplay.load(next(tmp_path.glob("*/checkpoint.pt")))["progress"]["update"] == 4
+
+
+def test_two_processes_stay_identical(selfplay_path, tmp_path):
+    driver = tmp_path / "driver.py"
+    driver.write_text(f"""
+import importlib.util, os, sys, torch
+sys.argv = ["driver"]
+spec = importlib.util.spec_from_file_location("script", {str(selfplay_path)!r})
+script = sys.modules["script"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+train_agent, agents = script.Agent, []
+script.Agent = lambda *args: agents.append(train_agent(*args)) or agents[-1]
+result = script.train(script.Args(total_timesteps=1500, target_kl=10.0, runs_dir={str(tmp_path)!r}, **{SMALL!r}))
+torch.save(agents[0].state_dict(), {str(tmp_path)!r} + f"/weights_{{os.environ['RANK']}}.pt")
+""")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(driver)]
+    done = subprocess.run(torchrun, env=environment(), capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"weights_{rank}.pt") for rank in range(2))
+    assert checkpoints_equal(dict(first), dict(second))
+    assert len(list(tmp_path.glob("kuhn*"))) == 1  # one run folder
+
+
+def test_kuhn_gets_less_exploitable(selfplay, tmp_path):
+    result = small_run(
+        selfplay, tmp_path, total_timesteps=40_000, opponents="self:1", num_envs=256, games_per_update=256,
+        hidden_size=32, checkpoint_every=0, learning_rate=3e-3, elo_games=0, ref_rate=0.1,
+    )  # fmt: skip
+    assert result["before"]["selfplay/exploitability"] > 0.4 and result["exploitability"] < 0.2
