@@ -345,20 +345,20 @@ class Net(nn.Module):
 class Agent(nn.Module):
     """A policy and a value, each with a net of its own. Values are in units of the game's largest payoff."""
 
-    def __init__(self, obs_size: int, num_actions: int, args: Args):
+    def __init__(self, obs_size: int, hidden_size: int, num_actions: int, args: Args):
         super().__init__()
         self.policy = Net(obs_size, num_actions, 0.01, args)
-        self.value = Net(obs_size, 1, 1.0, args)
+        self.value = Net(obs_size + hidden_size, 1, 1.0, args)
 
     def initial_state(self, n: int) -> tuple[State, State]:
         return self.policy.initial_state(n), self.value.initial_state(n)
 
     def unroll(
-        self, obs: Tensor, state: tuple[State, State], action_mask: Tensor
+        self, obs: Tensor, hidden: Tensor, state: tuple[State, State], action_mask: Tensor
     ) -> tuple[Tensor, Tensor, tuple[State, State]]:
-        """obs [L, B, D], action_mask [L, B, A] -> log-probabilities [L, B, A], values [L, B], states after."""
+        """obs [L, B, D], hidden [L, B, E], action_mask [L, B, A] -> log-probabilities [L, B, A], values [L, B], states."""
         logits, policy_state = self.policy.unroll(obs, state[0])
-        values, value_state = self.value.unroll(obs, state[1])
+        values, value_state = self.value.unroll(torch.cat((obs, hidden), -1), state[1])
         return masked_logprobs(logits, action_mask), values.squeeze(-1), (policy_state, value_state)
 
 
@@ -397,6 +397,7 @@ class Decisions(NamedTuple):
 
     sequence: Tensor  # [M] which sequence they belong to
     obs: Tensor  # [M, D + A]
+    hidden: Tensor  # [M, E]
     action_mask: Tensor  # [M, A]
     action: Tensor  # [M]
     logprob: Tensor  # [M]
@@ -411,7 +412,7 @@ class Sequences:
         sequence, *columns, reward = (torch.cat(column) for column in zip(*decisions, strict=True))
         order = sequence.argsort(stable=True)  # decisions come in the order of time
         order = order[last_reward[sequence[order]].isfinite()]
-        self.obs, self.action_mask, self.action, self.logprob = (column[order] for column in columns)
+        self.obs, self.hidden, self.action_mask, self.action, self.logprob = (column[order] for column in columns)
         number, self.length = sequence[order].unique_consecutive(return_counts=True)
         self.first = self.length.cumsum(0) - self.length  # [S]
         self.reward = reward[order].roll(-1)  # what came before the next decision is this one's (detail 3)
@@ -485,7 +486,8 @@ class Seats:
             action[rows] = sample(logprobs, None if player.deterministic else generator)
             if player is learner:
                 logprob = logprobs.gather(1, action[rows, None])[:, 0]
-                made = self.sequence[seat], obs, action_mask, action
+                hidden = obs[:, :0] if turn.hidden is None else torch.from_numpy(turn.hidden).to(device)
+                made = self.sequence[seat], obs, hidden, action_mask, action
                 decisions = Decisions(*(x[rows] for x in made), logprob, reward[rows])
         self.last_action[seat] = action
         return action, decisions
@@ -531,7 +533,8 @@ def add_targets(agent: Agent, reference: Net, data: Sequences, args: Args) -> No
     data.reference = data.obs.new_empty(data.action_mask.shape)  # [K, A]
     for index, mask in batches(*units(data, args)):
         obs, real, n = data.obs[index], index[mask], index.shape[1]
-        data.value[real] = agent.value.unroll(obs, agent.value.initial_state(n))[0].squeeze(-1)[mask]
+        critic_obs = torch.cat((obs, data.hidden[index]), -1)
+        data.value[real] = agent.value.unroll(critic_obs, agent.value.initial_state(n))[0].squeeze(-1)[mask]
         logits, _ = reference.unroll(obs, reference.initial_state(n))
         data.reference[real] = masked_logprobs(logits[mask], data.action_mask[real])
     index, mask = grid(data.first, data.length)  # [L, S]
@@ -591,7 +594,7 @@ def sequence_loss(
     that starts from `state`; metrics; and the state after it. Both are sums over real steps divided by `num_steps`, the
     real steps of an average minibatch, so that every decision weighs the same (detail 4)."""
     real = index[mask]  # [M]
-    logprobs, values, state = agent.unroll(data.obs[index], state, data.action_mask[index])
+    logprobs, values, state = agent.unroll(data.obs[index], data.hidden[index], state, data.action_mask[index])
     logprobs, value = logprobs[mask], values[mask]  # [M, A], [M]
     probs, advantage = logprobs.exp(), data.advantages[real]
     log_ratio = logprobs.gather(1, data.action[real, None])[:, 0] - data.logprob[real]
@@ -795,7 +798,7 @@ def evaluate(args: Args) -> dict:
     state, run_dir = load(args.evaluate, args), Path(args.evaluate).parent
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     with closing(make_games(args, args.seed + EVAL_SEED, run_dir / "replays")) as games:
-        agent = Agent(games.obs_size + games.num_actions, games.num_actions, args).to(device)
+        agent = Agent(games.obs_size + games.num_actions, games.hidden_size, games.num_actions, args).to(device)
         reference, pool = copy.deepcopy(agent.policy), Pool()
         progress = restore({"agent": agent, "reference": reference, "pool": pool}, state, args)
         if not args.against:
@@ -982,7 +985,7 @@ def train(args: Args) -> dict:
         games = stack.enter_context(closing(make_games(args, args.seed + rank + EVAL_SEED * bool(args.resume))))
         eval_games = games if is_showdown(args) else make_games(args, args.seed + EVAL_SEED)
         torch.manual_seed(args.seed)  # initial weights; whatever is random later draws from generators
-        agent = Agent(games.obs_size + games.num_actions, games.num_actions, args).to(device)
+        agent = Agent(games.obs_size + games.num_actions, games.hidden_size, games.num_actions, args).to(device)
         optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
         rng = torch.Generator(device).manual_seed(args.seed + rank)
         if args.init_from:

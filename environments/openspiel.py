@@ -16,7 +16,7 @@ from environments.games import Ended, Turn
 
 class OpenSpielGames:
     """`num_games` slots of one game. Observations [D] are the game's observation tensor, scaled to [-1, 1], then one
-    entry for each player: who sees it.
+    entry for each player: who sees it. `hidden` [E] is the other player's tensor.
 
     Raises:
         ValueError: not a two-player zero-sum game with observation tensors.
@@ -33,7 +33,8 @@ class OpenSpielGames:
             raise ValueError("this game has no observation tensor")
         self.num_games = num_games
         self.num_actions = self.game.num_distinct_actions()
-        self.obs_size = int(np.prod(self.game.observation_tensor_shape())) + 2
+        self.hidden_size = int(np.prod(self.game.observation_tensor_shape()))
+        self.obs_size = self.hidden_size + 2
         self.max_payoff = max(abs(self.game.min_utility()), abs(self.game.max_utility()))
         self.rng = np.random.default_rng(seed)
         self.states: list[pyspiel.State | None] = [None] * num_games
@@ -42,7 +43,7 @@ class OpenSpielGames:
         self.scale = np.ones(self.obs_size, np.float32)
         self.scale = self.largest_entries()
 
-    def largest_entries(self, games: int = 200) -> np.ndarray:
+    def largest_entries(self, games: int = 50) -> np.ndarray:
         """The largest absolute value [D] of each entry in some random games; at least 1."""
         rng, largest = np.random.default_rng(0), np.ones(self.obs_size, np.float32)
         for _ in range(games):
@@ -80,11 +81,12 @@ class OpenSpielGames:
         ended, self.ended = self.ended, []
         turns = [(slot, player) for slot in self.running for player in acting(self.states[slot])]
         seat = np.array([2 * slot + player for slot, player in turns], np.int64)
-        obs = np.array([self.states[slot].observation_tensor(player) for slot, player in turns], np.float32)
-        obs = np.concatenate((obs.reshape(len(seat), self.obs_size - 2), np.eye(2, dtype=np.float32)[seat % 2]), 1)
+        views = [[self.states[slot].observation_tensor(p) for p in (player, 1 - player)] for slot, player in turns]
+        views = np.array(views, np.float32).reshape(len(seat), 2, self.obs_size - 2) / self.scale[:-2]
+        obs = np.concatenate((views[:, 0], np.eye(2, dtype=np.float32)[seat % 2]), 1)
         action_mask = np.array([self.states[slot].legal_actions_mask(player) for slot, player in turns], bool)
         action_mask = action_mask.reshape(len(seat), self.num_actions)
-        return Turn(seat, obs / self.scale, action_mask, np.zeros(len(seat), np.float32), ended)
+        return Turn(seat, obs, action_mask, np.zeros(len(seat), np.float32), ended, views[:, 1])
 
     def act(self, seat: np.ndarray, action: np.ndarray) -> None:
         """Takes the actions of all seats of the last turn."""

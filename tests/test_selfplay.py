@@ -18,7 +18,7 @@ def toy_agent(selfplay, dtype=torch.float32, **changes):
     """Arguments and an agent with large random weights, so that no term of a gradient is small by luck."""
     args = selfplay.Args(**(SMALL | changes))
     torch.manual_seed(args.seed)
-    agent = selfplay.Agent(4 + 3, 3, args).to(dtype)
+    agent = selfplay.Agent(4 + 3, 2, 3, args).to(dtype)
     with torch.no_grad():
         for weight in agent.parameters():
             weight += 0.3 * torch.randn_like(weight)
@@ -41,10 +41,11 @@ def random_data(selfplay, lengths, dtype=torch.float64, seed=0):
         mask = torch.rand(length, 3, generator=rng) < 0.6
         mask[:, 1] = True
         obs = torch.randn(length, 7, generator=rng, dtype=dtype)
+        hidden = torch.randn(length, 2, generator=rng, dtype=dtype)
         action = (torch.rand(length, 3, generator=rng) * mask).argmax(1)
         logprob = -torch.rand(length, generator=rng, dtype=dtype)
         reward = torch.randn(length, generator=rng, dtype=dtype)
-        columns.append(selfplay.Decisions(torch.full((length,), number), obs, mask, action, logprob, reward))
+        columns.append(selfplay.Decisions(torch.full((length,), number), obs, hidden, mask, action, logprob, reward))
     return selfplay.Sequences(columns, torch.randn(len(lengths), generator=rng, dtype=dtype))
 
 
@@ -102,7 +103,8 @@ def slow_loss(selfplay, agent, data, args, ent_coef):
         rows = range(first, first + length)
         obs = data.obs[first : first + length]
         logits = slow_net(selfplay, agent.policy, obs, args.bptt_length, args.sequence)
-        values = slow_net(selfplay, agent.value, obs, args.bptt_length, args.sequence)
+        seen = torch.cat((obs, data.hidden[first : first + length]), 1)
+        values = slow_net(selfplay, agent.value, seen, args.bptt_length, args.sequence)
         for k, row, value in zip(rows, logits, values, strict=True):
             allowed = data.action_mask[k].nonzero()[:, 0].tolist()
             probs = row[allowed].exp() / row[allowed].exp().sum()
@@ -347,7 +349,9 @@ def test_05_masked_actions_have_no_probability_and_no_gradient(selfplay):
     data.action[data.action == 2] = 1
     with_targets(selfplay, agent, data, args)
     index, _ = next(selfplay.batches(data.first, data.length))
-    logprobs, _, _ = agent.unroll(data.obs[index], agent.initial_state(index.shape[1]), data.action_mask[index])
+    logprobs, _, _ = agent.unroll(
+        data.obs[index], data.hidden[index], agent.initial_state(index.shape[1]), data.action_mask[index]
+    )
     assert (logprobs.exp()[..., 2] == 0).all()
     torch.testing.assert_close(logprobs.exp().sum(-1), torch.ones(index.shape, dtype=torch.float64))
     gradients(fast_loss(selfplay, agent, data, args, 0.1), agent)
@@ -497,7 +501,7 @@ def test_exploitability_of_the_uniform_policy(selfplay, env_id, value, count):
     games = OpenSpielGames(env_id, 1, 0)
     assert sum(len(level.name) for level in games.levels) == count
     args = selfplay.Args(env_id=env_id, hidden_size=8)
-    agent = selfplay.Agent(games.obs_size + games.num_actions, games.num_actions, args)
+    agent = selfplay.Agent(games.obs_size + games.num_actions, games.hidden_size, games.num_actions, args)
     torch.nn.init.zeros_(agent.policy.head.weight)
     tables = selfplay.policy_tables(agent.policy, games.levels, games.num_actions)
     assert abs(exploitability(games, games.levels, tables) - value) < 1e-4
@@ -523,7 +527,7 @@ def test_policy_tables_are_what_is_played(selfplay, network, sequence):
     args = selfplay.Args(network=network, sequence=sequence, hidden_size=8, num_envs=50)
     games = OpenSpielGames("leduc_poker", 50, 0)
     torch.manual_seed(0)
-    agent = selfplay.Agent(games.obs_size + 3, 3, args)
+    agent = selfplay.Agent(games.obs_size + 3, games.hidden_size, 3, args)
     torch.nn.init.normal_(agent.policy.head.weight)
     player = selfplay.Player("learner", agent.policy, sequence)
     _, data, _ = selfplay.play(games, [(player, player)] * 200, torch.Generator().manual_seed(0), player)
@@ -578,7 +582,7 @@ def test_head_to_head_changes_seats_and_keeps_the_accounts(selfplay):
 
 def test_opponents_by_their_shares(selfplay):
     args = selfplay.Args(opponents="self:0.5,past:0.3,random:0.2", games_per_update=4000, hidden_size=8)
-    agent, pool, rng = selfplay.Agent(7, 3, args), selfplay.Pool(), torch.Generator().manual_seed(0)
+    agent, pool, rng = selfplay.Agent(7, 0, 3, args), selfplay.Pool(), torch.Generator().manual_seed(0)
     learner = selfplay.Player("learner", agent.policy)
     empty = selfplay.draw_pairs(learner, pool, args, rng)
     assert all(learner in pair for pair in empty) and sum(pair == (learner, learner) for pair in empty) > 3000
@@ -595,7 +599,7 @@ def test_opponents_by_their_shares(selfplay):
 
 def test_pool_sampling(selfplay):
     args, rng = selfplay.Args(hidden_size=8), torch.Generator().manual_seed(0)
-    agent, pool = selfplay.Agent(7, 3, args), selfplay.Pool()
+    agent, pool = selfplay.Agent(7, 0, 3, args), selfplay.Pool()
     for made in range(4):
         pool.add(agent.policy, made, args)
         pool.recent[-1].extend([1.0] * 50 if made != 2 else [-1.0] * 50)
@@ -607,7 +611,7 @@ def test_pool_sampling(selfplay):
 
 def test_the_pool_thins_out_and_keeps_its_ends(selfplay):
     args = selfplay.Args(hidden_size=8, pool_size=6)
-    agent, pool = selfplay.Agent(7, 3, args), selfplay.Pool()
+    agent, pool = selfplay.Agent(7, 0, 3, args), selfplay.Pool()
     for made in range(40):
         pool.add(agent.policy, made, args)
         assert len(pool.players) <= 6 and pool.made[0] == 0 and pool.made[-1] == made
@@ -631,7 +635,7 @@ def test_the_pool_thins_out_and_keeps_its_ends(selfplay):
 )
 def test_a_snapshot_is_taken_when_the_newest_is_beaten(selfplay, env_id, payoffs, beaten):
     args = selfplay.Args(env_id=env_id, hidden_size=8)
-    agent, pool = selfplay.Agent(7, 3, args), selfplay.Pool()
+    agent, pool = selfplay.Agent(7, 0, 3, args), selfplay.Pool()
     pool.add(agent.policy, 0, args)
     for payoff in payoffs:
         pool.record(pool.players[0], payoff)
@@ -663,5 +667,5 @@ def test_the_reference_pulls_the_policy_towards_itself(selfplay):
     index, mask = selfplay.grid(data.first, data.length)
     logits, _ = reference.unroll(data.obs[index], reference.initial_state(3))
     expected = selfplay.masked_logprobs(logits, data.action_mask[index])[mask].exp()
-    own, _, _ = agent.unroll(data.obs[index], agent.initial_state(3), data.action_mask[index])
+    own, _, _ = agent.unroll(data.obs[index], data.hidden[index], agent.initial_state(3), data.action_mask[index])
     assert (own[mask].exp() - expected).abs().max() < 0.02
