@@ -158,6 +158,27 @@ class Args:
     """memory for the activations of one batch, for --bptt-length -1"""
 
 
+SHOWDOWN = {  # other defaults where --env-id is a format of Pokémon Showdown, whose battles are long and slow
+    "opponents": "self:0.8,past:0.2",
+    "total_timesteps": 1_000_000,
+    "num_envs": 25,
+    "games_per_update": 100,
+    "checkpoint_every": 10,
+    "snapshot_every": 1000,
+    "elo_games": 0,
+    "learning_rate": 5e-4,
+    "num_minibatches": 8,
+    "update_epochs": 3,
+    "gae_lambda": 0.95,
+    "ent_coef": 0.02,
+    "ent_coef_final": 0.005,
+    "ref_kl_coef": 0.0,
+    "ko_coef": 0.1,
+    "hp_coef": 0.1,
+    "hidden_size": 128,
+}
+
+
 class InputError(Exception):
     """The user asked for something that cannot be done; the message is one line."""
 
@@ -1124,6 +1145,8 @@ def verdict(result: dict) -> str:
 
 def main() -> None:
     args = tyro.cli(Args)
+    if is_showdown(args):
+        args = tyro.cli(Args, default=Args(**SHOWDOWN))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
     try:
