@@ -1,0 +1,118 @@
+"""One pass of sequence_ppo_selfplay.py's update over the same sequences, three ways:
+
+    batched       as in the script: sequences of similar length side by side, one LSTM call for all their steps
+    sequences     one sequence at a time, each in one call (batch 1)
+    steps         one decision at a time (batch 1), the loop of the published design
+
+All give the same gradient, which is checked to 1e-5 of its norm. `python benchmark/selfplay_update.py` prints
+ratios and writes benchmark/results/selfplay_update.csv.
+"""
+
+import argparse
+import csv
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import sequence_ppo_selfplay as selfplay  # noqa: E402
+
+
+def long_sequences(num_sequences: int, num_features: int, num_actions: int) -> selfplay.Sequences:
+    """Random contents in sequences of 20 to 100 decisions, as of Pokémon battles."""
+    rng, decisions = torch.Generator().manual_seed(0), []
+    for number in range(num_sequences):
+        length = int(torch.randint(20, 101, (), generator=rng))
+        action_mask = torch.rand(length, num_actions, generator=rng) < 0.6
+        action_mask[:, 0] = True
+        obs = torch.randn(length, num_features, generator=rng)
+        action = (torch.rand(length, num_actions, generator=rng) * action_mask).argmax(1)
+        columns = obs, obs[:, :0], action_mask, action, -torch.rand(length, generator=rng), torch.zeros(length)
+        decisions.append(selfplay.Decisions(torch.full((length,), number), *columns))
+    return selfplay.Sequences(decisions, torch.randn(num_sequences, generator=rng))
+
+
+def leduc_sequences(args: selfplay.Args) -> tuple[selfplay.Sequences, selfplay.Agent]:
+    games = selfplay.make_games(args, 0)
+    agent = selfplay.Agent(games.obs_size + games.num_actions, games.hidden_size, games.num_actions, args)
+    player = selfplay.Player("learner", agent.policy)
+    pairs = [(player, player)] * args.games_per_update
+    return selfplay.play(games, pairs, torch.Generator().manual_seed(0), player)[1], agent
+
+
+def gradient(agent: selfplay.Agent) -> torch.Tensor:
+    return torch.cat([weight.grad.flatten() for weight in agent.parameters()])
+
+
+def batched(agent, data, args) -> None:
+    for index, mask in selfplay.batches(data.first, data.length):
+        run(agent, data, index, mask, args)
+
+
+def sequences(agent, data, args) -> None:
+    for first, length in zip(data.first.split(1), data.length.split(1), strict=True):
+        run(agent, data, *selfplay.grid(first, length), args)
+
+
+def run(agent, data, index, mask, args) -> None:
+    memory = agent.initial_state(index.shape[1])
+    loss, _, _ = selfplay.sequence_loss(agent, data, index, mask, memory, args, float(len(data.action)), 0.01)
+    loss.backward()
+
+
+def steps(agent, data, args) -> None:
+    for first, length in zip(data.first.tolist(), data.length.tolist(), strict=True):
+        memory, total = agent.initial_state(1), 0
+        for k in range(first, first + length):
+            index, mask = torch.tensor([[k]]), torch.ones(1, 1, dtype=torch.bool)
+            loss, _, memory = selfplay.sequence_loss(
+                agent, data, index, mask, memory, args, float(len(data.action)), 0.01
+            )
+            total = total + loss
+        total.backward()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    leduc_args = selfplay.Args(num_envs=1024, games_per_update=1024)
+    battle_args = selfplay.Args(**(selfplay.SHOWDOWN | {"env_id": "gen9randombattle"}))
+    battles = long_sequences(64, 700, 14), selfplay.Agent(700, 0, 14, battle_args)
+    tasks = {
+        "leduc_poker, 1,024 games": (*leduc_sequences(leduc_args), leduc_args),
+        "64 sequences of 20 to 100 decisions, 700 features": (*battles, battle_args),
+    }
+    rows = []
+    for task, (data, agent, args) in tasks.items():
+        selfplay.add_targets(agent, agent.policy, data, args)
+        for round in range(rounds):
+            seconds, expected = {}, None
+            for way in (batched, sequences, steps):
+                agent.zero_grad()
+                started = time.perf_counter()
+                way(agent, data, args)
+                seconds[way.__name__] = time.perf_counter() - started
+                expected = gradient(agent) if expected is None else expected
+                assert (gradient(agent) - expected).norm() < 1e-5 * expected.norm(), way.__name__
+            rows.append({"task": task, "round": round, "decisions": len(data.action)} | seconds)
+    with open(HERE / "results" / "selfplay_update.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    for task in tasks:
+        for way in ("sequences", "steps"):
+            ratios = [row[way] / row["batched"] for row in rows if row["task"] == task]
+            spread = f"{min(ratios):.0f} to {max(ratios):.0f}"
+            print(f"{task}: batched is {statistics.median(ratios):.0f} x as fast as {way} ({spread})")
+
+
+if __name__ == "__main__":
+    main()
