@@ -113,7 +113,7 @@ class Args:
     learning_rate: float = 1e-3
     """Adam's step size"""
     anneal_lr: bool = True
-    """lower the learning rate linearly to 0"""
+    """lower the learning rate, and ref_rate with it, linearly to 0"""
     num_envs: int = 1024
     """games that each process plays at once; some 10 to 25 on Showdown"""
     games_per_update: int = 1024
@@ -137,7 +137,7 @@ class Args:
     ref_kl_coef: float = 0.5
     """weight of the KL divergence from policy to reference policy"""
     ref_rate: float = 0.03
-    """the reference's share of the current weights in each update"""
+    """how far the reference's weights move towards the current ones in each update; annealed like the learning rate"""
     vf_coef: float = 0.5
     """weight of the value loss"""
     max_grad_norm: float = 5.0
@@ -159,22 +159,24 @@ class Args:
 
 
 SHOWDOWN = {  # other defaults where --env-id is a format of Pokémon Showdown, whose battles are long and slow
+    "checkpoint_every": 20,
+    "eval_episodes": 40,
+    "ko_coef": 0.1,
+    "hp_coef": 0.1,
     "opponents": "self:0.8,past:0.2",
-    "total_timesteps": 1_000_000,
-    "num_envs": 25,
-    "games_per_update": 100,
-    "checkpoint_every": 10,
     "snapshot_every": 1000,
     "elo_games": 0,
-    "learning_rate": 5e-4,
+    "total_timesteps": 1_000_000,
+    "learning_rate": 7e-4,
+    "num_envs": 16,
+    "games_per_update": 64,
+    "gamma": 0.995,
+    "gae_lambda": 0.9,
     "num_minibatches": 8,
-    "update_epochs": 3,
-    "gae_lambda": 0.95,
+    "update_epochs": 4,
     "ent_coef": 0.02,
     "ent_coef_final": 0.005,
     "ref_kl_coef": 0.0,
-    "ko_coef": 0.1,
-    "hp_coef": 0.1,
     "hidden_size": 128,
 }
 
@@ -1030,7 +1032,8 @@ def train(args: Args) -> dict:
             # --- games
             started = time.perf_counter()
             done = progress.global_step / args.total_timesteps
-            optimizer.param_groups[0]["lr"] = lr = args.learning_rate * (1 - done if args.anneal_lr else 1)
+            remaining = 1 - done if args.anneal_lr else 1.0
+            optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
             ent_coef = args.ent_coef + done * (args.ent_coef_final - args.ent_coef)
             pairs = draw_pairs(learner, pool, args, rng)
             try:
@@ -1078,7 +1081,7 @@ def train(args: Args) -> dict:
             # --- reference, snapshots, counters
             with torch.no_grad():
                 for old, new in zip(reference.parameters(), agent.policy.parameters(), strict=True):
-                    old.lerp_(new, args.ref_rate)
+                    old.lerp_(new, args.ref_rate * remaining)
             progress.update, progress.games = progress.update + 1, progress.games + world * args.games_per_update
             progress.global_step += int(num_steps)
             progress.lost_games += lost
@@ -1102,7 +1105,7 @@ def train(args: Args) -> dict:
                 warnings.warn("games and update compute different log-probabilities", stacklevel=1)
             scalars["losses/explained_variance"] = 1 - float((data.returns - data.value).var() / data.returns.var())
             scalars |= {
-                "charts/learning_rate": lr,
+                "charts/learning_rate": args.learning_rate * remaining,
                 "charts/SPS": steps_done / seconds,
                 "charts/episodic_length": float(data.length.float().mean()),
                 "selfplay/games": progress.games,
