@@ -87,7 +87,7 @@ class Args:
     hp_coef: float = 0.0
     """Showdown only: the same for hit points, in units of one Pokémon's full ones"""
     save_replays: bool = False
-    """Showdown only: save the battles of evaluations as HTML to `replays/` in the run folder"""
+    """Showdown only: with --evaluate, save the battles as HTML to `replays/` in the run folder"""
 
     # --- self-play
     opponents: str = "self:1"
@@ -379,7 +379,7 @@ class Agent(nn.Module):
     def unroll(
         self, obs: Tensor, hidden: Tensor, state: tuple[State, State], action_mask: Tensor
     ) -> tuple[Tensor, Tensor, tuple[State, State]]:
-        """obs [L, B, D], hidden [L, B, E], action_mask [L, B, A] -> log-probabilities [L, B, A], values [L, B], states."""
+        """obs [L, B, D], hidden [L, B, E], mask [L, B, A] -> log-probabilities [L, B, A], values [L, B], states."""
         logits, policy_state = self.policy.unroll(obs, state[0])
         values, value_state = self.value.unroll(torch.cat((obs, hidden), -1), state[1])
         return masked_logprobs(logits, action_mask), values.squeeze(-1), (policy_state, value_state)
@@ -820,7 +820,7 @@ def evaluate(args: Args) -> dict:
     """The closing summary of a checkpoint, played against the usual opponents or only the one of --against."""
     state, run_dir = load(args.evaluate, args), Path(args.evaluate).parent
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    with closing(make_games(args, args.seed + EVAL_SEED, run_dir / "replays")) as games:
+    with closing(make_games(args, args.seed + EVAL_SEED, run_dir / "replays" if args.save_replays else None)) as games:
         agent = Agent(games.obs_size + games.num_actions, games.hidden_size, games.num_actions, args).to(device)
         reference, pool = copy.deepcopy(agent.policy), Pool()
         progress = restore({"agent": agent, "reference": reference, "pool": pool}, state, args)
@@ -1038,7 +1038,7 @@ def train(args: Args) -> dict:
             pairs = draw_pairs(learner, pool, args, rng)
             try:
                 payoffs, data, lost = play(games, pairs, rng, learner)
-            except ConnectionError:
+            except (ConnectionError, RuntimeError):  # a server that died, or is out of reach
                 if rank == 0:
                     save(run_dir / "checkpoint.pt", parts, progress, args)
                 raise

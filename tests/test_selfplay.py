@@ -369,6 +369,36 @@ def test_05_samples_follow_the_masked_probabilities(selfplay):
     assert selfplay.sample(logprobs[:1], None) == 3
 
 
+# --- 8: a critic that sees both sides
+
+
+def test_08_what_a_player_cannot_see_reaches_the_critic_only(selfplay):
+    _, agent = toy_agent(selfplay, torch.float64)
+    data = random_data(selfplay, [6, 3])
+    index, _ = selfplay.grid(data.first, data.length)
+    both = []
+    for hidden in (data.hidden, data.hidden + 1):
+        memory = agent.initial_state(2)
+        logprobs, values, _ = agent.unroll(data.obs[index], hidden[index], memory, data.action_mask[index])
+        both.append((logprobs, values))
+    assert torch.equal(both[0][0], both[1][0]) and not torch.equal(both[0][1], both[1][1])
+
+
+def test_08_hidden_is_the_other_players_view():
+    games = OpenSpielGames("leduc_poker", 8, 0)
+    games.start(range(8))
+    turn = games.observe()
+    for seat, hidden in zip(turn.seat, turn.hidden, strict=True):
+        other = games.states[seat // 2].observation_tensor(1 - int(seat % 2))
+        np.testing.assert_allclose(hidden * games.scale[:-2], other, rtol=1e-6)
+
+
+def test_08_hidden_entries_stay_with_their_decisions(selfplay):
+    args, agent = toy_agent(selfplay)
+    data, *_ = toy_data(selfplay, agent, args)
+    torch.testing.assert_close(data.hidden, torch.stack((data.obs[:, 0], 1 - data.obs[:, 1]), 1))
+
+
 # --- attention
 
 
