@@ -94,7 +94,7 @@ class Args:
     """shares of the games against: self (both sides are trained on), past (snapshots), random, max_power, heuristic"""
     past_sampling: Literal["uniform", "recent", "prioritised"] = "uniform"
     """which snapshots are met: all alike, the later half, or rather those that win"""
-    snapshot_every: int = 20_000
+    snapshot_every: int = 200_000
     """games between snapshots"""
     snapshot_winrate: float = 0.6
     """also take one when the last 100 games against the newest are won this often (Showdown), or surely won (others)"""
@@ -108,23 +108,23 @@ class Args:
     """reinforce: one pass over all games in one minibatch, with discounted returns to go"""
     baseline: bool = True
     """subtract the value from REINFORCE's returns"""
-    total_timesteps: int = 6_000_000
+    total_timesteps: int = 8_000_000
     """decisions to train on, over all processes"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     """Adam's step size"""
     anneal_lr: bool = True
     """lower the learning rate, and ref_rate with it, linearly to 0"""
-    num_envs: int = 1024
+    num_envs: int = 2048
     """games that each process plays at once; some 10 to 25 on Showdown"""
-    games_per_update: int = 1024
+    games_per_update: int = 2048
     """games that each process plays, to their end, between updates"""
     gamma: float = 1.0
     """discount factor"""
-    gae_lambda: float = 0.95
+    gae_lambda: float = 0.5
     """lambda of generalised advantage estimation"""
-    num_minibatches: int = 4
+    num_minibatches: int = 8
     """minibatches per epoch"""
-    update_epochs: int = 4
+    update_epochs: int = 1
     """passes over the games of an update"""
     norm_adv: bool = True
     """normalise the advantages of each update"""
@@ -132,11 +132,11 @@ class Args:
     """clip range of the probability ratio"""
     ent_coef: float = 0.05
     """weight of the entropy bonus at the start"""
-    ent_coef_final: float = 0.002
+    ent_coef_final: float = 0.02
     """weight of the entropy bonus at the end, reached geometrically"""
-    ref_kl_coef: float = 0.5
+    ref_kl_coef: float = 0.2
     """weight of the KL divergence from policy to reference policy"""
-    ref_rate: float = 0.03
+    ref_rate: float = 0.01
     """how far the reference's weights move towards the current ones in each update; annealed like the learning rate"""
     vf_coef: float = 0.5
     """weight of the value loss"""
@@ -150,7 +150,7 @@ class Args:
     """memory of policy and value (a net each): LSTM, causal attention over the own decisions so far, both, or none"""
     sequence: bool = True
     """False: every decision starts from an empty memory, as in PPO without recurrence"""
-    hidden_size: int = 128
+    hidden_size: int = 64
     """width of the networks"""
     bptt_length: int = 0
     """steps through which gradients flow; 0 = the whole game, -1 = as many as fit memory_budget_mb"""
@@ -166,7 +166,7 @@ SHOWDOWN = {  # other defaults where --env-id is a format of Pokémon Showdown, 
     "opponents": "self:0.8,past:0.2",
     "snapshot_every": 1000,
     "elo_games": 0,
-    "total_timesteps": 1_000_000,
+    "total_timesteps": 750_000,
     "learning_rate": 7e-4,
     "num_envs": 16,
     "games_per_update": 64,

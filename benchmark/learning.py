@@ -5,6 +5,10 @@
     python benchmark/learning.py lander          # 8 minutes
     python benchmark/learning.py lander_hidden   # 10 minutes; installs sb3-contrib into benchmark/.venv-sb3 first
     python benchmark/learning.py flycraft        # 10 minutes; needs requirements-envs.txt
+    python benchmark/learning.py kuhn            # 4 minutes
+    python benchmark/learning.py leduc           # 15 minutes
+    python benchmark/learning.py leduc_ablation  # 30 minutes
+    python benchmark/learning.py phantom_go      # 30 minutes
 
 Results: {task}_curves.csv, {task}_final.csv and {task}.png in benchmark/results/. `--plot-only` draws them again.
 """
@@ -12,9 +16,11 @@ Results: {task}_curves.csv, {task}_final.csv and {task}.png in benchmark/results
 import argparse
 import csv
 import json
+import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +35,14 @@ CARTPOLE = "ppo_lstm_predictor.py --env-id CartPole-v1 --visible 0 2 --total-tim
 LANDER = "ppo_lstm_predictor.py --horizon 200 --total-timesteps 1000000 --eval-episodes 100 --checkpoint-every 0"
 HIDDEN = "--env-id LunarLander-v3 --visible 0 1 4 6 7 --total-timesteps 300000 --eval-episodes 100"
 FLYCRAFT = "ppo_lstm_predictor.py --env-id environments.flycraft:FlyCraftEasy-v0 --vectorization async"
-TASKS = {  # task: (seeds, title, {label: command})
+SELFPLAY = "sequence_ppo_selfplay.py --eval-episodes 1000 --elo-games 0"
+LEDUC = f"{SELFPLAY} --checkpoint-every 50"
+SHORT = f"{LEDUC} --total-timesteps 4000000"
+GO = 'sequence_ppo_selfplay.py --env-id phantom_go --env-kwargs {"board_size":5} --num-envs 128 --games-per-update 128'
+GO += " --total-timesteps 600000 --hidden-size 128 --checkpoint-every 10 --update-epochs 2 --num-minibatches 2 --elo-games 0"
+RETURN = "charts/episodic_return"
+EXPLOITABILITY, AVERAGE = "selfplay/exploitability", "selfplay/exploitability_average"
+TASKS = {  # task: (seeds, title, {label: command}), and what is plotted if not the return of training episodes
     "cartpole": (
         range(1, 6),
         "CartPole-v1 without velocities",
@@ -55,29 +68,71 @@ TASKS = {  # task: (seeds, title, {label: command})
         },
     ),
     "flycraft": (range(1, 2), "FlyCraftEasy-v0", {"PPO-LSTM": f"{FLYCRAFT} --total-timesteps 300000"}),
+    "kuhn": (
+        range(1, 4),
+        "Kuhn poker",
+        {"self-play": f"{SELFPLAY} --env-id kuhn_poker --total-timesteps 2000000 --checkpoint-every 20"},
+        [EXPLOITABILITY, AVERAGE],
+    ),
+    "leduc": (range(1, 4), "Leduc poker", {"self-play": LEDUC}, [EXPLOITABILITY, AVERAGE]),
+    "leduc_ablation": (
+        range(1, 4),
+        "Leduc poker, 4 million decisions",
+        {
+            "default": SHORT,
+            "no memory (--no-sequence)": f"{SHORT} --no-sequence",
+            "no reference (--ref-kl-coef 0)": f"{SHORT} --ref-kl-coef 0",
+            "past opponents too (self:0.7,past:0.3)": f"{SHORT} --opponents self:0.7,past:0.3",
+        },
+        [EXPLOITABILITY, AVERAGE],
+    ),
+    "phantom_go": (
+        range(1, 4),
+        "Phantom Go, 5x5: truncated backpropagation",
+        {
+            "whole games": f"{GO}",
+            **{f"{n} decisions": f"{GO} --bptt-length {n}" for n in (50, 20, 10)},
+            "no memory (--no-sequence)": f"{GO} --no-sequence",
+        },
+        ["selfplay/payoff_vs_random"],
+    ),
 }
 
 
-def run(label: str, command: str, seed: int) -> tuple[list[dict], dict]:
+def finish(call: list[str], folder: str) -> tuple[str, dict[str, float]]:
+    """A command's standard output, the seconds it took and its peak memory in MB."""
+    with open(f"{folder}/out", "w+") as out, open(f"{folder}/err", "w+") as err:
+        started = time.perf_counter()
+        process = subprocess.Popen(call, cwd=HERE.parent, stdout=out, stderr=err)
+        _, status, usage = os.wait4(process.pid, 0)
+        out.seek(0), err.seek(0)
+        if status:
+            sys.exit(err.read())
+        return out.read(), {"seconds": time.perf_counter() - started, "peak_mb": usage.ru_maxrss / 1024}
+
+
+def run(label: str, command: str, seed: int, tags: list[str]) -> tuple[list[dict], dict]:
     """The learning curve and the closing summary of one run."""
     python = sb3_python() if "sb3" in command else sys.executable
     with tempfile.TemporaryDirectory() as runs_dir:
         extra = [] if "sb3" in command else ["--runs-dir", runs_dir]
-        call = [python, *command.split(), "--seed", str(seed), *extra]
-        done = subprocess.run(call, cwd=HERE.parent, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(done.stderr)
-        final = json.loads(done.stdout.splitlines()[-1])
+        output, cost = finish([python, *command.split(), "--seed", str(seed), *extra], runs_dir)
+        final = json.loads(output.splitlines()[-1])
+        curves = {RETURN: final.pop("curve", [])}
         if "run_dir" in final:
             events = EventAccumulator(final.pop("run_dir"), size_guidance={"scalars": 0}).Reload()
-            final["curve"] = [(event.step, event.value) for event in events.Scalars("charts/episodic_return")]
-    curve = [
-        {"label": label, "seed": seed, "global_step": step, "episodic_return": value}
-        for step, value in final.pop("curve")
-        if value is not None
-    ]
-    print(f"{label}, seed {seed}: {final['eval_return_mean']:.1f}", file=sys.stderr)
-    return curve, {"label": label, "seed": seed, "command": f"python {command} --seed {seed}"} | final
+            curves = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+    rows = defaultdict(dict)
+    for tag, points in curves.items():
+        for step, value in points:
+            if value is not None:
+                rows[step] |= {"label": label, "seed": seed, "global_step": step, tag.split("/")[1]: value}
+    print(f"{label}, seed {seed}: {final.get('exploitability', final['eval_return_mean']):.3f}", file=sys.stderr)
+    return list(rows.values()), {
+        "label": label,
+        "seed": seed,
+        "command": f"python {command} --seed {seed}",
+    } | final | cost
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -87,27 +142,43 @@ def write(path: Path, rows: list[dict]) -> None:
         writer.writerows(rows)
 
 
-def plot(task: str, title: str) -> None:
-    """Each seed's curve, averaged over windows of a fiftieth of the run, and the seeds' mean."""
+def plot(task: str, title: str, tags: list[str]) -> None:
+    """Each seed's curve and the seeds' mean. Returns are averaged over windows of a fiftieth of the run; what evaluations
+    measured is plotted as it is, each seed at its own evaluations."""
+    columns = [tag.split("/")[1] for tag in tags]
     curves = defaultdict(lambda: defaultdict(list))
     with open(HERE / "results" / f"{task}_curves.csv") as file:
         for row in csv.DictReader(file):
-            curves[row["label"]][row["seed"]].append((float(row["global_step"]), float(row["episodic_return"])))
+            point = [float(row[name] or "nan") for name in ("global_step", *columns)]
+            curves[row["label"]][row["seed"]].append(point)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
     for i, (label, seeds) in enumerate(curves.items()):
-        end = max(points[-1][0] for points in seeds.values())
-        grid = np.linspace(0, end, 51)[1:]
-        means = []
-        for points in map(np.array, seeds.values()):
-            window = [points[(points[:, 0] > g - end / 50) & (points[:, 0] <= g), 1] for g in grid]
-            means.append([w.mean() if len(w) else np.nan for w in window])
-            axis.plot(grid, means[-1], color=f"C{i}", alpha=0.3, linewidth=1)
-        mean = np.ma.masked_invalid(means).mean(0)
-        axis.plot(grid, mean, color=f"C{i}", linewidth=2, label=f"{label}, {len(seeds)} seed{'s' * (len(seeds) > 1)}")
-    axis.set(xlabel="environment steps", ylabel="return of training episodes", title=title)
-    axis.legend()
+        label = f"{label}, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+        for column, (name, style) in enumerate(zip(columns, ("-", "--"), strict=False), start=1):
+            lines = [smooth(np.array(points)[:, [0, column]], tags == [RETURN]) for points in seeds.values()]
+            for line in lines:
+                axis.plot(*line, color=f"C{i}", linestyle=style, alpha=0.3, linewidth=1)
+            shortest = min(line.shape[1] for line in lines)
+            mean = np.ma.masked_invalid([line[:, :shortest] for line in lines]).mean(0)
+            note = label if len(columns) == 1 else f"{label}: {name}"
+            axis.plot(*mean, color=f"C{i}", linestyle=style, linewidth=2, label=note)
+    what = "return of training episodes" if tags == [RETURN] else columns[0].replace("_", " ")
+    axis.set(xlabel="environment steps" if tags == [RETURN] else "decisions", ylabel=what, title=title)
+    if "exploitability" in what:
+        axis.set_yscale("log")
+    axis.legend(fontsize="small")
     figure.savefig(HERE / "results" / f"{task}.png", dpi=110)
+
+
+def smooth(points: np.ndarray, windows: bool) -> np.ndarray:
+    """[2, P] of points [P, 2], averaged over fifty windows if asked for."""
+    if not windows:
+        return points.T
+    end = points[-1, 0]
+    grid = np.linspace(0, end, 51)[1:]
+    chosen = [points[(points[:, 0] > g - end / 50) & (points[:, 0] <= g), 1] for g in grid]
+    return np.array([grid, [values.mean() if len(values) else np.nan for values in chosen]])
 
 
 def main() -> None:
@@ -116,14 +187,17 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--plot-only", action="store_true")
     args = parser.parse_args()
-    seeds, title, commands = TASKS[args.task]
+    seeds, title, commands, *tags = TASKS[args.task]
+    tags = tags[0] if tags else [RETURN]
     if not args.plot_only:
         with ThreadPoolExecutor(args.jobs) as pool:
-            jobs = [pool.submit(run, label, command, seed) for label, command in commands.items() for seed in seeds]
+            jobs = [
+                pool.submit(run, label, command, seed, tags) for label, command in commands.items() for seed in seeds
+            ]
             curves, finals = zip(*(job.result() for job in jobs), strict=True)
         write(HERE / "results" / f"{args.task}_curves.csv", [row for curve in curves for row in curve])
         write(HERE / "results" / f"{args.task}_final.csv", list(finals))
-    plot(args.task, title)
+    plot(args.task, title, tags)
 
 
 if __name__ == "__main__":
