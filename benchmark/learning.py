@@ -39,7 +39,8 @@ SELFPLAY = "sequence_ppo_selfplay.py --eval-episodes 1000 --elo-games 0"
 LEDUC = f"{SELFPLAY} --checkpoint-every 50"
 SHORT = f"{LEDUC} --total-timesteps 4000000"
 GO = 'sequence_ppo_selfplay.py --env-id phantom_go --env-kwargs {"board_size":5} --num-envs 128 --games-per-update 128'
-GO += " --total-timesteps 600000 --hidden-size 128 --checkpoint-every 10 --update-epochs 2 --num-minibatches 2 --elo-games 0"
+GO += " --total-timesteps 600000 --hidden-size 128 --checkpoint-every 10 --update-epochs 2 --num-minibatches 2"
+GO += " --gae-lambda 0.95 --elo-games 0"
 RETURN = "charts/episodic_return"
 EXPLOITABILITY, AVERAGE = "selfplay/exploitability", "selfplay/exploitability_average"
 TASKS = {  # task: (seeds, title, {label: command}), and what is plotted if not the return of training episodes
@@ -143,8 +144,8 @@ def write(path: Path, rows: list[dict]) -> None:
 
 
 def plot(task: str, title: str, tags: list[str]) -> None:
-    """Each seed's curve and the seeds' mean. Returns are averaged over windows of a fiftieth of the run; what evaluations
-    measured is plotted as it is, each seed at its own evaluations."""
+    """Each seed's curve and the seeds' mean. Returns are averaged over windows of a fiftieth of the run; what
+    evaluations measured is plotted as it is, each seed at its own evaluations."""
     columns = [tag.split("/")[1] for tag in tags]
     curves = defaultdict(lambda: defaultdict(list))
     with open(HERE / "results" / f"{task}_curves.csv") as file:
