@@ -36,8 +36,9 @@ LANDER = "ppo_lstm_predictor.py --horizon 200 --total-timesteps 1000000 --eval-e
 HIDDEN = "--env-id LunarLander-v3 --visible 0 1 4 6 7 --total-timesteps 300000 --eval-episodes 100"
 FLYCRAFT = "ppo_lstm_predictor.py --env-id environments.flycraft:FlyCraftEasy-v0 --vectorization async"
 SELFPLAY = "sequence_ppo_selfplay.py --eval-episodes 1000 --elo-games 0"
+KUHN = "--total-timesteps 1500000 --ref-kl-coef 0.5 --ref-rate 0.05 --ent-coef-final 0.005"
 LEDUC = f"{SELFPLAY} --checkpoint-every 50"
-SHORT = f"{LEDUC} --total-timesteps 4000000"
+SHORT = f"{LEDUC} --total-timesteps 3000000"
 GO = 'sequence_ppo_selfplay.py --env-id phantom_go --env-kwargs {"board_size":5} --num-envs 128 --games-per-update 128'
 GO += " --total-timesteps 600000 --hidden-size 128 --checkpoint-every 10 --update-epochs 2 --num-minibatches 2"
 GO += " --gae-lambda 0.95 --elo-games 0"
@@ -72,13 +73,13 @@ TASKS = {  # task: (seeds, title, {label: command}), and what is plotted if not 
     "kuhn": (
         range(1, 4),
         "Kuhn poker",
-        {"self-play": f"{SELFPLAY} --env-id kuhn_poker --total-timesteps 2000000 --checkpoint-every 20"},
+        {"self-play": f"{SELFPLAY} --env-id kuhn_poker --checkpoint-every 20 {KUHN}"},
         [EXPLOITABILITY, AVERAGE],
     ),
     "leduc": (range(1, 4), "Leduc poker", {"self-play": LEDUC}, [EXPLOITABILITY, AVERAGE]),
     "leduc_ablation": (
         range(1, 4),
-        "Leduc poker, 4 million decisions",
+        "Leduc poker, 3 million decisions",
         {
             "default": SHORT,
             "no memory (--no-sequence)": f"{SHORT} --no-sequence",
