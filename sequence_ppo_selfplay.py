@@ -69,11 +69,12 @@ class Args:
     evaluate: str | None = None
     """a checkpoint to evaluate, with its arguments unless others are given; no training"""
     against: str | None = None
-    """with --evaluate, the only opponent: another checkpoint, random or, on Showdown, max_power or heuristic"""
+    """with --evaluate, the only opponent: a checkpoint of the same network and width, random or, on Showdown, max_power
+    or heuristic"""
     eval_episodes: int = 200
     """games against each opponent of an evaluation, half of them in each seat"""
     eval_deterministic: bool = False
-    """evaluate the most likely action instead of a sampled one; what is best in hidden information is mostly mixed"""
+    """play evaluations' games with the most likely actions; with hidden information the best policy is mostly mixed"""
 
     # --- environment
     env_id: str = "leduc_poker"
@@ -93,7 +94,7 @@ class Args:
     opponents: str = "self:1"
     """shares of the games against: self (both sides are trained on), past (snapshots), random, max_power, heuristic"""
     past_sampling: Literal["uniform", "recent", "prioritised"] = "uniform"
-    """which snapshots are met: all alike, the later half, or rather those that win"""
+    """which snapshots are met: all alike, the later half, or rather those that beat the learner"""
     snapshot_every: int = 200_000
     """games between snapshots"""
     snapshot_winrate: float = 0.6
@@ -133,7 +134,7 @@ class Args:
     ent_coef: float = 0.05
     """weight of the entropy bonus at the start"""
     ent_coef_final: float = 0.01
-    """weight of the entropy bonus at the end, reached geometrically"""
+    """weight of the entropy bonus at the end, reached linearly"""
     ref_kl_coef: float = 0.2
     """weight of the KL divergence from policy to reference policy"""
     ref_rate: float = 0.005
@@ -203,6 +204,7 @@ def check(args: Args) -> None:
         need(value <= 1 or name not in at_most_one, f"{flag} must be at most 1, not {value}")
     need(args.bptt_length >= -1, "--bptt-length must be a number of steps, 0 (whole games) or -1 (automatic)")
     need(args.hidden_size % HEADS == 0, f"--hidden-size must be a multiple of {HEADS}")
+    need(args.pool_size >= 2, "--pool-size must be at least 2: the oldest and the newest snapshot stay")
     need(args.num_minibatches <= args.games_per_update, "--num-minibatches must not exceed --games-per-update")
     exclusive = [args.resume, args.init_from, args.evaluate]
     need(sum(map(bool, exclusive)) <= 1, "--resume, --init-from and --evaluate exclude each other")
@@ -213,8 +215,8 @@ def check(args: Args) -> None:
         need(name in ("self", "past", "random", *scripted), f"--opponents: {args.env_id} has no opponent {name}")
         need(share >= 0, f"--opponents: the share of {name} is negative")
     need(sum(shares.values()) > 0, "--opponents: all shares are 0")
-    is_player = args.against in (None, "random", *scripted) or Path(args.against).exists()
-    need(is_player, f"--against {args.against}: neither a checkpoint nor one of random, {', '.join(SCRIPTED)}")
+    is_player = args.against in (None, "random", *scripted) or Path(args.against).is_file()
+    need(is_player, f"--against {args.against}: neither a checkpoint nor one of {', '.join(('random', *scripted))}")
 
 
 def opponent_shares(args: Args) -> dict[str, float]:
@@ -249,7 +251,7 @@ def make_games(args: Args, seed: int, replay_dir: Path | None = None):
             near = ", ".join(difflib.get_close_matches(args.env_id, known)) or "leduc_poker, kuhn_poker, liars_dice"
             raise InputError(f"no game {args.env_id}; near: {near}; on Showdown: gen9randombattle")
         return OpenSpielGames(args.env_id, args.num_envs, seed, json.loads(args.env_kwargs))
-    except (ValueError, FileNotFoundError, pyspiel.SpielError) as error:
+    except (ValueError, TypeError, OSError, pyspiel.SpielError) as error:
         raise InputError(f"{args.env_id}: {' '.join(str(error).split())}") from error
 
 
@@ -368,20 +370,20 @@ class Net(nn.Module):
 class Agent(nn.Module):
     """A policy and a value, each with a net of its own. Values are in units of the game's largest payoff."""
 
-    def __init__(self, obs_size: int, hidden_size: int, num_actions: int, args: Args):
+    def __init__(self, obs_size: int, unseen_size: int, num_actions: int, args: Args):
         super().__init__()
         self.policy = Net(obs_size, num_actions, 0.01, args)
-        self.value = Net(obs_size + hidden_size, 1, 1.0, args)
+        self.value = Net(obs_size + unseen_size, 1, 1.0, args)
 
     def initial_state(self, n: int) -> tuple[State, State]:
         return self.policy.initial_state(n), self.value.initial_state(n)
 
     def unroll(
-        self, obs: Tensor, hidden: Tensor, state: tuple[State, State], action_mask: Tensor
+        self, obs: Tensor, unseen: Tensor, state: tuple[State, State], action_mask: Tensor
     ) -> tuple[Tensor, Tensor, tuple[State, State]]:
-        """obs [L, B, D], hidden [L, B, E], mask [L, B, A] -> log-probabilities [L, B, A], values [L, B], states."""
+        """obs [L, B, D], unseen [L, B, E], mask [L, B, A] -> log-probabilities [L, B, A], values [L, B], states."""
         logits, policy_state = self.policy.unroll(obs, state[0])
-        values, value_state = self.value.unroll(torch.cat((obs, hidden), -1), state[1])
+        values, value_state = self.value.unroll(torch.cat((obs, unseen), -1), state[1])
         return masked_logprobs(logits, action_mask), values.squeeze(-1), (policy_state, value_state)
 
 
@@ -420,7 +422,7 @@ class Decisions(NamedTuple):
 
     sequence: Tensor  # [M] which sequence they belong to
     obs: Tensor  # [M, D + A]
-    hidden: Tensor  # [M, E]
+    unseen: Tensor  # [M, E] what the critic sees besides
     action_mask: Tensor  # [M, A]
     action: Tensor  # [M]
     logprob: Tensor  # [M]
@@ -435,17 +437,13 @@ class Sequences:
         sequence, *columns, reward = (torch.cat(column) for column in zip(*decisions, strict=True))
         order = sequence.argsort(stable=True)  # decisions come in the order of time
         order = order[last_reward[sequence[order]].isfinite()]
-        self.obs, self.hidden, self.action_mask, self.action, self.logprob = (column[order] for column in columns)
+        self.obs, self.unseen, self.action_mask, self.action, self.logprob = (column[order] for column in columns)
         number, self.length = sequence[order].unique_consecutive(return_counts=True)
         self.first = self.length.cumsum(0) - self.length  # [S]
         self.reward = reward[order].roll(-1)  # what came before the next decision is this one's (detail 3)
         self.reward[self.first + self.length - 1] = last_reward[number]
         self.value = self.advantages = self.returns = torch.empty(0)  # [K]
         self.reference = torch.empty(0)  # [K, A] log-probabilities of the reference policy
-
-    def whole(self) -> tuple[Tensor, Tensor]:
-        """Row numbers [L, S] of all sequences, and a mask of the real ones."""
-        return grid(self.first, self.length)
 
 
 def grid(first: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
@@ -494,7 +492,9 @@ class Seats:
         if not torch.isfinite(obs).all():
             raise FloatingPointError("a game returned a non-finite observation")
         if len(stuck := (~action_mask.any(1)).nonzero()):
-            raise ValueError(f"the game in slot {int(seat[stuck[0]]) // 2} allows no action at all")
+            raise ValueError(
+                f"the game in slot {int(seat[stuck[0]]) // 2} allows player {int(seat[stuck[0]]) % 2} no action"
+            )
         action, logits = torch.zeros_like(seat), torch.zeros_like(action_mask, dtype=obs.dtype)
         for i in np.unique(self.who[turn.seat]):
             player, rows = self.players[i], torch.from_numpy(np.flatnonzero(self.who[turn.seat] == i)).to(device)
@@ -509,9 +509,9 @@ class Seats:
             action[rows] = sample(logprobs, None if player.deterministic else generator)
             if player is learner:
                 logprob = logprobs.gather(1, action[rows, None])[:, 0]
-                hidden = obs[:, :0] if turn.hidden is None else torch.from_numpy(turn.hidden).to(device)
-                made = self.sequence[seat], obs, hidden, action_mask, action
-                decisions = Decisions(*(x[rows] for x in made), logprob, reward[rows])
+                unseen = obs[:, :0] if turn.unseen is None else torch.from_numpy(turn.unseen).to(device)
+                columns = self.sequence[seat], obs, unseen, action_mask, action
+                decisions = Decisions(*(x[rows] for x in columns), logprob, reward[rows])
         self.last_action[seat] = action
         return action, decisions
 
@@ -554,9 +554,9 @@ def add_targets(agent: Agent, reference: Net, data: Sequences, args: Args) -> No
     """Values and the reference policy's log-probabilities of all decisions, then advantages and returns (detail 3)."""
     data.value = torch.empty_like(data.reward)  # [K]
     data.reference = data.obs.new_empty(data.action_mask.shape)  # [K, A]
-    for index, mask in batches(*units(data, args)):
+    for index, mask in batches(*pieces(data, args)):
         obs, real, n = data.obs[index], index[mask], index.shape[1]
-        critic_obs = torch.cat((obs, data.hidden[index]), -1)
+        critic_obs = torch.cat((obs, data.unseen[index]), -1)
         data.value[real] = agent.value.unroll(critic_obs, agent.value.initial_state(n))[0].squeeze(-1)[mask]
         logits, _ = reference.unroll(obs, reference.initial_state(n))
         data.reference[real] = masked_logprobs(logits[mask], data.action_mask[real])
@@ -573,8 +573,8 @@ def add_targets(agent: Agent, reference: Net, data: Sequences, args: Args) -> No
     data.advantages[index[mask]], data.returns[index[mask]] = advantages[mask], returns[mask]
 
 
-def units(data: Sequences, args: Args) -> tuple[Tensor, Tensor]:
-    """First row and length of what goes through the networks in one piece: sequences or, without memory, decisions."""
+def pieces(data: Sequences, args: Args) -> tuple[Tensor, Tensor]:
+    """First row and length of each piece that goes through the networks: sequences or, without memory, decisions."""
     if args.sequence:
         return data.first, data.length
     return torch.arange(len(data.action), device=data.first.device), torch.ones_like(data.action)
@@ -617,7 +617,7 @@ def sequence_loss(
     that starts from `state`; metrics; and the state after it. Both are sums over real steps divided by `num_steps`, the
     real steps of an average minibatch, so that every decision weighs the same (detail 4)."""
     real = index[mask]  # [M]
-    logprobs, values, state = agent.unroll(data.obs[index], data.hidden[index], state, data.action_mask[index])
+    logprobs, values, state = agent.unroll(data.obs[index], data.unseen[index], state, data.action_mask[index])
     logprobs, value = logprobs[mask], values[mask]  # [M, A], [M]
     probs, advantage = logprobs.exp(), data.advantages[real]
     log_ratio = logprobs.gather(1, data.action[real, None])[:, 0] - data.logprob[real]
@@ -643,7 +643,28 @@ def sequence_loss(
         }
         metrics = {name: x.sum() / num_steps for name, x in per_step.items()}
         metrics["ratio_error"] = (ratio - 1).abs().max()
+        metrics["padding"] = (~mask).sum() / num_steps
     return loss.sum() / num_steps, metrics, state
+
+
+def accumulate(
+    agent: Agent, data: Sequences, first: Tensor, length: Tensor, args: Args, num_steps: float, ent_coef: float
+) -> dict[str, Tensor]:
+    """Adds a minibatch's gradient to the weights' and gives its metrics. The sequences, from rows `first` [S] on,
+    go through the nets in batches of similar length, and these in chunks of `bptt_length` steps; a chunk continues from
+    the memory that the one before left, without its gradient, and is backpropagated before the next (detail 1)."""
+    bptt = args.bptt_length if args.bptt_length >= 0 else automatic_bptt(first, length, args, data.obs.shape[1])
+    chunks = []
+    for index, mask in batches(first, length):
+        memory, size = agent.initial_state(index.shape[1]), bptt or len(index)
+        for chunk in zip(index.split(size), mask.split(size), strict=True):
+            memory = memory[0].detach(), memory[1].detach()
+            loss, metrics, memory = sequence_loss(agent, data, *chunk, memory, args, num_steps, ent_coef)
+            loss.backward()
+            chunks.append(metrics)
+    columns = {name: torch.stack([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    totals = {name: column.max() if name == "ratio_error" else column.sum() for name, column in columns.items()}
+    return totals | {"bptt_length": torch.tensor(float(bptt))}
 
 
 # --- opponents
@@ -659,7 +680,7 @@ class Pool:
 
     def add(self, net: Net, num_games: int, args: Args) -> None:
         frozen = copy.deepcopy(net).requires_grad_(False)
-        self.players.append(Player(f"snapshot {num_games}", frozen, args.sequence))
+        self.players.append(Player(f"snapshot_{num_games}", frozen, args.sequence))
         self.made.append(num_games)
         self.recent.append(deque(maxlen=100))
         if len(self.players) > args.pool_size:  # the oldest and the newest stay
@@ -672,13 +693,21 @@ class Pool:
         if sampling == "recent":
             weights[: len(weights) // 2] = 0
         if sampling == "prioritised":  # Vinyals et al. 2019: (1 - win rate)^2; at least a little of each
-            weights = torch.tensor([(1 - points(recent)) ** 2 + 0.01 for recent in self.recent])
+            rates = [points(recent) if recent else 0.5 for recent in self.recent]
+            weights = torch.tensor([(1 - rate) ** 2 + 0.01 for rate in rates])
         chosen = torch.multinomial(weights.to(generator.device), how_many, replacement=True, generator=generator)
         return [self.players[i] for i in chosen.tolist()]
 
-    def record(self, player: Player, payoff: float) -> None:
-        if player in self.players:
-            self.recent[self.players.index(player)].append(payoff)
+    def record(self, pairs: list[tuple[Player, Player]], payoffs: np.ndarray, learner: Player) -> list[float]:
+        """Books the learner's payoffs in these games, [G, 2]; gives those against others than itself."""
+        against_others = []
+        for pair, payoff in zip(pairs, payoffs.tolist(), strict=True):
+            if pair[0] is not pair[1]:
+                seat = pair.index(learner)
+                against_others.append(payoff[seat])
+                if pair[1 - seat] in self.players:
+                    self.recent[self.players.index(pair[1 - seat])].append(payoff[seat])
+        return against_others
 
     def is_beaten(self, args: Args) -> bool:
         """The learner beats the newest snapshot in its last 100 games: by win rate on Showdown; elsewhere chance caps
@@ -712,7 +741,7 @@ def draw_pairs(learner: Player, pool: Pool, args: Args, generator: torch.Generat
     pairs = []
     for i, (kind, seat) in enumerate(zip(kinds, seats, strict=True)):
         choice = others[list(shares)[kind]]
-        pair = learner, choice[i % len(choice)]
+        pair = learner, choice[i % len(choice)]  # the drawn snapshots in turn
         pairs.append(pair if seat == 0 else pair[::-1])
     return pairs
 
@@ -772,8 +801,7 @@ def policy_tables(net: Net, levels: list[Level], num_actions: int, sequence: boo
     for level in levels:
         last_action = torch.from_numpy(level.action)
         obs = with_last_action(torch.from_numpy(level.obs), last_action, num_actions).to(net.head.weight.device)
-        forgets = state is None or not sequence
-        before = net.initial_state(len(obs)) if forgets else state.take(torch.from_numpy(level.parent))
+        before = state.take(torch.from_numpy(level.parent)) if state and sequence else net.initial_state(len(obs))
         logits, state = net.step(obs, before)
         tables.append(masked_logprobs(logits.cpu(), torch.from_numpy(level.action_mask)).exp().double().numpy())
     return tables
@@ -789,7 +817,7 @@ def assess(games, agent: Agent, reference: Net, pool: Pool, args: Args, final: b
             ("exploitability", agent.policy, args.sequence),
             ("exploitability_average", reference, args.sequence),
             ("exploitability_memoryless", agent.policy, False),
-        ):
+        )[: 3 if final else 2]:
             tables = policy_tables(net, levels, games.num_actions, sequence)
             scores[f"selfplay/{name}"] = exploitability(games, levels, tables)
     learner = Player("learner", agent.policy, args.sequence, args.eval_deterministic)
@@ -816,12 +844,11 @@ def match_scores(name: str, payoffs: np.ndarray) -> dict[str, float]:
     return {f"selfplay/{key}_vs_{name}": float(score) for key, score in scores.items()}
 
 
-def evaluate(args: Args) -> dict:
+def evaluate(args: Args, device: torch.device) -> dict:
     """The closing summary of a checkpoint, played against the usual opponents or only the one of --against."""
     state, run_dir = load(args.evaluate, args), Path(args.evaluate).parent
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     with closing(make_games(args, args.seed + EVAL_SEED, run_dir / "replays" if args.save_replays else None)) as games:
-        agent = Agent(games.obs_size + games.num_actions, games.hidden_size, games.num_actions, args).to(device)
+        agent = Agent(games.obs_size + games.num_actions, games.unseen_size, games.num_actions, args).to(device)
         reference, pool = copy.deepcopy(agent.policy), Pool()
         progress = restore({"agent": agent, "reference": reference, "pool": pool}, state, args)
         if not args.against:
@@ -900,7 +927,7 @@ def transfer(agent: Agent, state: dict) -> None:
 
 def opponent(name: str, agent: Agent, args: Args) -> Player:
     """The player that --against names: a checkpoint's policy, or one without a net."""
-    if not Path(name).exists():
+    if not Path(name).is_file():
         return Player(name)
     other = copy.deepcopy(agent)
     restore({"agent": other}, load(name, args), args)
@@ -914,12 +941,12 @@ def summary(scores: dict[str, float], progress: Progress, args: Args, run_dir: P
         "games": progress.games,
         "games_per_s": scores.get("selfplay/games_per_s", math.nan),
         "train_return_mean": float(np.mean(progress.recent or [math.nan])),
-        "eval_return_mean": scores.get("selfplay/payoff_vs_random", math.nan),
-        "eval_return_std": scores.get("selfplay/payoff_std_vs_random", math.nan),
+        "eval_return_mean": scores.get(f"selfplay/payoff_vs_{args.against or 'random'}", math.nan),
+        "eval_return_std": scores.get(f"selfplay/payoff_std_vs_{args.against or 'random'}", math.nan),
     }
     numbers |= {name.split("/")[1]: x for name, x in scores.items() if name.startswith("selfplay/exploitability")}
     known = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
-    rates = {name.split("_vs_")[1]: x for name, x in scores.items() if name.startswith("selfplay/win_rate_vs_")}
+    rates = {name.split("_vs_", 1)[1]: x for name, x in scores.items() if name.startswith("selfplay/win_rate_vs_")}
     intervals = {name: [scores[f"selfplay/win_rate_{end}_vs_{name}"] for end in ("low", "high")] for name in rates}
     known |= {"win_rates": rates, "win_rate_intervals": intervals, "before": progress.before}
     known["elo"] = {name.split("/")[1]: round(x) for name, x in scores.items() if name.startswith("elo/")}
@@ -938,7 +965,8 @@ def on_signal(number: int, frame) -> None:
 
 def setup(args: Args) -> tuple[torch.device, int, int]:
     """Device, rank and number of processes: one, unless torchrun started more."""
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    on_gpu = args.cuda and torch.cuda.is_available()
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu")
     torch.set_num_threads(args.torch_threads)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     if "RANK" not in os.environ:
@@ -976,12 +1004,6 @@ def sum_and_clip(weights: list[nn.Parameter], max_norm: float) -> Tensor:
     return nn.utils.clip_grad_norm_(weights, max_norm, error_if_nonfinite=True)
 
 
-def total(chunks: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The metrics of a minibatch: sums over its chunks; of `ratio_error` the largest."""
-    columns = {name: torch.stack([chunk[name] for chunk in chunks]) for name in chunks[0]}
-    return {name: column.max() if name == "ratio_error" else column.sum() for name, column in columns.items()}
-
-
 def close_run(args: Args, progress: Progress, run_dir: Path | None, writer: SummaryWriter | None) -> None:
     if writer is None:
         return
@@ -995,20 +1017,37 @@ def mean_metrics(log: list[dict[str, Tensor]]) -> dict[str, float]:
     return {name: float(all_sum(torch.stack([entry[name] for entry in log]).mean())) for name in log[0]}
 
 
+def game_scalars(data: Sequences, num_actions: int, pool: Pool, progress: Progress) -> dict[str, float]:
+    """What to log of an update's games."""
+    frequency = (torch.bincount(data.action, minlength=num_actions) / len(data.action)).tolist()
+    scalars = {f"actions/{action}": share for action, share in enumerate(frequency)}
+    if progress.recent:
+        scalars["charts/episodic_return"] = np.mean(progress.recent)
+    return scalars | {
+        "charts/episodic_length": float(data.length.float().mean()),
+        "losses/explained_variance": 1 - float((data.returns - data.value).var() / data.returns.var()),
+        "selfplay/games": progress.games,
+        "selfplay/snapshots": len(pool.players),
+        "selfplay/lost_games": progress.lost_games,
+    }
+
+
 def train(args: Args) -> dict:
     """Trains, evaluates the final weights and returns the closing summary. Raises InputError before any work if it is
-    asked for what cannot be; any other exception leaves a checkpoint of the last whole update."""
+    asked for what cannot be. A lost server leaves a checkpoint of the last whole update, any other exception the last
+    one on disk."""
     check(args)
-    if args.evaluate:
-        return evaluate(args)
     device, rank, world = setup(args)
+    if args.evaluate:
+        return evaluate(args, device) if rank == 0 else {}
     source = f"{args.resume}/checkpoint.pt" if args.resume else args.init_from
     state = load(source, args if args.resume else None) if source else {}
     with ExitStack() as stack:
-        games = stack.enter_context(closing(make_games(args, args.seed + rank + EVAL_SEED * bool(args.resume))))
+        resumed = state["progress"]["games"] if args.resume else 0
+        games = stack.enter_context(closing(make_games(args, args.seed + rank + resumed)))
         eval_games = games if is_showdown(args) else make_games(args, args.seed + EVAL_SEED)
         torch.manual_seed(args.seed)  # initial weights; whatever is random later draws from generators
-        agent = Agent(games.obs_size + games.num_actions, games.hidden_size, games.num_actions, args).to(device)
+        agent = Agent(games.obs_size + games.num_actions, games.unseen_size, games.num_actions, args).to(device)
         optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
         rng = torch.Generator(device).manual_seed(args.seed + rank)
         if args.init_from:
@@ -1018,6 +1057,8 @@ def train(args: Args) -> dict:
         learner = Player("learner", agent.policy, args.sequence)
         if args.resume:
             progress = restore(parts, state, args)
+            if rank > 0:  # the checkpoint holds the generator of rank 0
+                rng.manual_seed(args.seed + rank + resumed)
         else:
             pool.add(agent.policy, 0, args)
             progress.before = assess(eval_games, agent, reference, pool, args) if rank == 0 else {}
@@ -1045,6 +1086,8 @@ def train(args: Args) -> dict:
             played = time.perf_counter()
 
             # --- values, advantages
+            if data is None or len(data.length) < num_minibatches:
+                raise InputError(f"{args.env_id}: too few decisions for --num-minibatches {num_minibatches}")
             data.reward /= games.max_payoff
             add_targets(agent, reference, data, args)
             num_steps = all_sum(torch.tensor(float(len(data.action)), device=device))
@@ -1054,29 +1097,20 @@ def train(args: Args) -> dict:
                 data.advantages = (data.advantages - mean) / (std + 1e-8)
 
             # --- PPO or REINFORCE
-            first, length = units(data, args)
-            bptt = args.bptt_length if args.bptt_length >= 0 else automatic_bptt(first, length, args, data.obs.shape[1])
-            log, cells = [], 0  # metrics of each minibatch; steps with padding
+            log = []  # metrics of each minibatch
             for _ in range(epochs):
-                for chosen in minibatches(first, length, num_minibatches, rng):
+                for first, length in minibatches(*pieces(data, args), num_minibatches, rng):
                     optimizer.zero_grad()
-                    chunks = []
-                    for index, mask in batches(*chosen):
-                        memory = agent.initial_state(index.shape[1])
-                        for chunk in zip(index.split(bptt or len(index)), mask.split(bptt or len(index)), strict=True):
-                            memory = [part.detach() for part in memory]
-                            loss, metrics, memory = sequence_loss(
-                                agent, data, *chunk, memory, args, float(num_steps) / num_minibatches, ent_coef
-                            )
-                            loss.backward()
-                            chunks.append(metrics)
-                        cells += mask.numel()
-                    grad_norm = sum_and_clip(list(agent.parameters()), args.max_grad_norm)
+                    batch_size = float(num_steps) / num_minibatches
+                    metrics = accumulate(agent, data, first, length, args, batch_size, ent_coef)
+                    metrics["grad_norm"] = sum_and_clip(list(agent.parameters()), args.max_grad_norm) / world
+                    metrics["bptt_length"] /= world
                     optimizer.step()
-                    log.append(total(chunks) | {"grad_norm": grad_norm / world})
+                    log.append(metrics)
                 if args.target_kl and mean_metrics(log[-num_minibatches:])["approx_kl"] > args.target_kl:
                     break
-            scalars = {f"losses/{name}": mean for name, mean in mean_metrics(log).items() if name != "ratio_error"}
+            scalars = {f"losses/{name}": mean for name, mean in mean_metrics(log).items()}
+            scalars |= {f"selfplay/{name}": scalars.pop(f"losses/{name}") for name in ("padding", "bptt_length")}
 
             # --- reference, snapshots, counters
             with torch.no_grad():
@@ -1085,11 +1119,7 @@ def train(args: Args) -> dict:
             progress.update, progress.games = progress.update + 1, progress.games + world * args.games_per_update
             progress.global_step += int(num_steps)
             progress.lost_games += lost
-            for pair, payoff in zip(pairs, payoffs, strict=True):
-                if pair[0] is not pair[1]:
-                    seat = pair.index(learner)
-                    pool.record(pair[1 - seat], float(payoff[seat]))
-                    progress.recent = [*progress.recent[-99:], float(payoff[seat])]
+            progress.recent = [*progress.recent, *pool.record(pairs, payoffs, learner)][-100:]
             beaten = all_sum(torch.tensor(float(pool.is_beaten(args)), device=device)) > world / 2
             if beaten or progress.games - pool.made[-1] >= args.snapshot_every:
                 pool.add(agent.policy, progress.games, args)
@@ -1103,23 +1133,10 @@ def train(args: Args) -> dict:
             scalars["losses/first_ratio_error"] = error = float(log[0]["ratio_error"])
             if error > 1e-3:
                 warnings.warn("games and update compute different log-probabilities", stacklevel=1)
-            scalars["losses/explained_variance"] = 1 - float((data.returns - data.value).var() / data.returns.var())
-            scalars |= {
-                "charts/learning_rate": args.learning_rate * remaining,
-                "charts/SPS": steps_done / seconds,
-                "charts/episodic_length": float(data.length.float().mean()),
-                "selfplay/games": progress.games,
-                "selfplay/games_per_s": games_done / seconds,
-                "selfplay/play_share": (played - started) / (time.perf_counter() - started),
-                "selfplay/padding_fraction": 1 - len(log) / num_minibatches * len(data.action) / cells,
-                "selfplay/bptt_length": bptt,
-                "selfplay/snapshots": len(pool.players),
-                "selfplay/lost_games": progress.lost_games,
-            }
-            if progress.recent:
-                scalars["charts/episodic_return"] = np.mean(progress.recent)
-            for action, count in enumerate(torch.bincount(data.action, minlength=games.num_actions).tolist()):
-                scalars[f"actions/{action}"] = count / len(data.action)
+            scalars |= game_scalars(data, games.num_actions, pool, progress)
+            scalars["charts/learning_rate"] = args.learning_rate * remaining
+            scalars["charts/SPS"], scalars["selfplay/games_per_s"] = steps_done / seconds, games_done / seconds
+            scalars["selfplay/play_share"] = (played - started) / (time.perf_counter() - started)
             final = progress.global_step >= args.total_timesteps
             if not stop and (final or (args.checkpoint_every and progress.update % args.checkpoint_every == 0)):
                 scalars |= assess(eval_games, agent, reference, pool, args, final)
@@ -1132,7 +1149,7 @@ def train(args: Args) -> dict:
                 writer.add_scalar(name, value, progress.global_step)
             postfix = f"{scalars['charts/SPS']:.0f} decisions/s, {scalars['selfplay/games_per_s']:.1f} games/s"
             bar.set_postfix_str(f"{postfix}, best score {progress.best:.3f}", refresh=False)
-            bar.update(int(num_steps))
+            bar.update(min(int(num_steps), bar.total - bar.n))
     return {} if rank > 0 or stop else summary(scalars, progress, args, run_dir)
 
 
@@ -1142,8 +1159,11 @@ def verdict(result: dict) -> str:
     if "exploitability" in result:
         now = f"{result['exploitability']:.3f} (of the average policy {result['exploitability_average']:.3f})"
         return f"exploitability: before {before['selfplay/exploitability']:.3f} | now {now} | equilibrium 0"
-    before = {name: before.get(f"selfplay/win_rate_vs_{name}", math.nan) for name in rates}
-    return " | ".join(f"won against {name}: before {before[name]:.0%}, now {rates[name]:.0%}" for name in rates)
+    parts = []
+    for name, rate in rates.items():
+        old = before.get(f"selfplay/win_rate_vs_{name}")
+        parts.append(f"won against {name}: " + ("" if old is None else f"before {old:.0%}, ") + f"now {rate:.0%}")
+    return " | ".join(parts)
 
 
 def main() -> None:
@@ -1162,7 +1182,7 @@ def main() -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    if signals:
+    if signals and not result:
         sys.exit(128 + signals[0])
     if result:
         print(verdict(result))

@@ -39,7 +39,7 @@ def long_sequences(num_sequences: int, num_features: int, num_actions: int) -> s
 
 def leduc_sequences(args: selfplay.Args) -> tuple[selfplay.Sequences, selfplay.Agent]:
     games = selfplay.make_games(args, 0)
-    agent = selfplay.Agent(games.obs_size + games.num_actions, games.hidden_size, games.num_actions, args)
+    agent = selfplay.Agent(games.obs_size + games.num_actions, games.unseen_size, games.num_actions, args)
     player = selfplay.Player("learner", agent.policy)
     pairs = [(player, player)] * args.games_per_update
     return selfplay.play(games, pairs, torch.Generator().manual_seed(0), player)[1], agent
@@ -50,19 +50,12 @@ def gradient(agent: selfplay.Agent) -> torch.Tensor:
 
 
 def batched(agent, data, args) -> None:
-    for index, mask in selfplay.batches(data.first, data.length):
-        run(agent, data, index, mask, args)
+    selfplay.accumulate(agent, data, data.first, data.length, args, float(len(data.action)), 0.01)
 
 
 def sequences(agent, data, args) -> None:
     for first, length in zip(data.first.split(1), data.length.split(1), strict=True):
-        run(agent, data, *selfplay.grid(first, length), args)
-
-
-def run(agent, data, index, mask, args) -> None:
-    memory = agent.initial_state(index.shape[1])
-    loss, _, _ = selfplay.sequence_loss(agent, data, index, mask, memory, args, float(len(data.action)), 0.01)
-    loss.backward()
+        selfplay.accumulate(agent, data, first, length, args, float(len(data.action)), 0.01)
 
 
 def steps(agent, data, args) -> None:

@@ -24,4 +24,4 @@ class Turn(NamedTuple):
     action_mask: np.ndarray  # [M, A] bool
     reward: np.ndarray  # [M] float32, since the seat's previous decision in this game
     ended: list[Ended]  # games that ended since the last turn
-    hidden: np.ndarray | None = None  # [M, E] what the seat does not see, for a critic that exists in training only
+    unseen: np.ndarray | None = None  # [M, E] what the seat does not see, for a critic that exists in training only

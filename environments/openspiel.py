@@ -4,6 +4,7 @@ A player sees the *observation* tensor (what is visible now), not the informatio
 play well it has to remember."""
 
 import functools
+import os
 import sys
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -15,8 +16,8 @@ from environments.games import Ended, Turn
 
 
 class OpenSpielGames:
-    """`num_games` slots of one game. Observations [D] are the game's observation tensor, scaled to [-1, 1], then one
-    entry for each player: who sees it. `hidden` [E] is the other player's tensor.
+    """`num_games` slots of one game. Observations [D] are the game's observation tensor, scaled to about [-1, 1], then
+    one entry for each player: who sees it. `unseen` [E] is the other player's tensor.
 
     Raises:
         ValueError: not a two-player zero-sum game with observation tensors.
@@ -25,7 +26,7 @@ class OpenSpielGames:
     scripted = ()
 
     def __init__(self, env_id: str, num_games: int, seed: int, params: dict | None = None):
-        self.game = pyspiel.load_game(env_id, params or {})
+        self.game = load_game(env_id, params or {})
         kind = self.game.get_type()
         if self.game.num_players() != 2 or kind.utility != pyspiel.GameType.Utility.ZERO_SUM:
             raise ValueError("not a two-player zero-sum game")
@@ -33,14 +34,14 @@ class OpenSpielGames:
             raise ValueError("this game has no observation tensor")
         self.num_games = num_games
         self.num_actions = self.game.num_distinct_actions()
-        self.hidden_size = int(np.prod(self.game.observation_tensor_shape()))
-        self.obs_size = self.hidden_size + 2
+        self.unseen_size = int(np.prod(self.game.observation_tensor_shape()))
+        self.obs_size = self.unseen_size + 2
         self.max_payoff = max(abs(self.game.min_utility()), abs(self.game.max_utility()))
         self.rng = np.random.default_rng(seed)
         self.states: list[pyspiel.State | None] = [None] * num_games
         self.running: list[int] = []  # slots whose players have to act
         self.ended: list[Ended] = []
-        self.scale = np.ones(self.obs_size, np.float32)
+        self.scale = np.ones(self.obs_size, np.float32)  # until it is known
         self.scale = self.largest_entries()
 
     def largest_entries(self, games: int = 50) -> np.ndarray:
@@ -109,6 +110,19 @@ class OpenSpielGames:
         pass
 
 
+def load_game(env_id: str, params: dict) -> pyspiel.Game:
+    """pyspiel.load_game, without the line that OpenSpiel itself writes to standard error where it raises."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        return pyspiel.load_game(env_id, params)
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def acting(state: pyspiel.State) -> list[int]:
     """The players who have to act in this state; one negative number in a chance node."""
     return [0, 1] if state.is_simultaneous_node() else [state.current_player()]
@@ -137,8 +151,11 @@ def information_states(games: OpenSpielGames, limit: int = 400_000) -> list[Leve
     Raises:
         ValueError: simultaneous moves, more than `limit` histories, or the check fails.
     """
-    if games.game.get_type().dynamics != pyspiel.GameType.Dynamics.SEQUENTIAL:
-        raise ValueError("exploitability needs a game of alternating moves")
+    kind = games.game.get_type()
+    if kind.dynamics != pyspiel.GameType.Dynamics.SEQUENTIAL:
+        raise ValueError("it needs a game of alternating moves")
+    if not kind.provides_information_state_string:
+        raise ValueError("the game does not name its information states")
     memories: dict[str, tuple] = {}  # information state -> what the player has seen
     names: dict[tuple, str] = {}  # the reverse
     place: dict[str, tuple[int, int]] = {}  # information state -> level, row in it
@@ -160,10 +177,11 @@ def information_states(games: OpenSpielGames, limit: int = 400_000) -> list[Leve
             raise ValueError("observations and own actions are not the same as information states")
         if name not in place:
             parent, action = last[player] or (None, -1)
-            level, row = place.get(parent, (-1, -1))
-            levels += [[]] * (level + 2 > len(levels))
-            place[name] = level + 1, len(levels[level + 1])
-            levels[level + 1].append((name, obs, np.array(state.legal_actions_mask(player), bool), row, action))
+            before, row = place.get(parent, (-1, -1))
+            if before + 2 > len(levels):
+                levels.append([])
+            place[name] = before + 1, len(levels[before + 1])
+            levels[before + 1].append((name, obs, np.array(state.legal_actions_mask(player), bool), row, action))
         for action in state.legal_actions():
             after = (name, action)
             stack.append((state.child(action), (after, last[1]) if player == 0 else (last[0], after)))

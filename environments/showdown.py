@@ -325,7 +325,7 @@ class ShowdownGames:
     """
 
     num_actions = NUM_ACTIONS
-    hidden_size = 0  # nothing for a critic beyond what the player sees
+    unseen_size = 0  # nothing for a critic beyond what the player sees
     max_payoff = 1.0
     scripted = ("max_power", "heuristic")
 

@@ -41,11 +41,11 @@ def random_data(selfplay, lengths, dtype=torch.float64, seed=0):
         mask = torch.rand(length, 3, generator=rng) < 0.6
         mask[:, 1] = True
         obs = torch.randn(length, 7, generator=rng, dtype=dtype)
-        hidden = torch.randn(length, 2, generator=rng, dtype=dtype)
+        unseen = torch.randn(length, 2, generator=rng, dtype=dtype)
         action = (torch.rand(length, 3, generator=rng) * mask).argmax(1)
         logprob = -torch.rand(length, generator=rng, dtype=dtype)
         reward = torch.randn(length, generator=rng, dtype=dtype)
-        columns.append(selfplay.Decisions(torch.full((length,), number), obs, hidden, mask, action, logprob, reward))
+        columns.append(selfplay.Decisions(torch.full((length,), number), obs, unseen, mask, action, logprob, reward))
     return selfplay.Sequences(columns, torch.randn(len(lengths), generator=rng, dtype=dtype))
 
 
@@ -103,7 +103,7 @@ def slow_loss(selfplay, agent, data, args, ent_coef):
         rows = range(first, first + length)
         obs = data.obs[first : first + length]
         logits = slow_net(selfplay, agent.policy, obs, args.bptt_length, args.sequence)
-        seen = torch.cat((obs, data.hidden[first : first + length]), 1)
+        seen = torch.cat((obs, data.unseen[first : first + length]), 1)
         values = slow_net(selfplay, agent.value, seen, args.bptt_length, args.sequence)
         for k, row, value in zip(rows, logits, values, strict=True):
             allowed = data.action_mask[k].nonzero()[:, 0].tolist()
@@ -123,20 +123,15 @@ def slow_loss(selfplay, agent, data, args, ent_coef):
 
 
 def fast_loss(selfplay, agent, data, args, ent_coef, only=None):
-    """The same, as `train` computes it, with one minibatch of all sequences or of the numbers `only`."""
-    first, length = selfplay.units(data, args)
+    """The same and its gradient as `train` has them, with one minibatch of all sequences or of the numbers `only`."""
+    first, length = selfplay.pieces(data, args)
     if only is not None:
         first, length = first[only], length[only]
-    loss = 0
-    for index, mask in selfplay.batches(first, length):
-        memory, size = agent.initial_state(index.shape[1]), args.bptt_length or len(index)
-        for chunk in zip(index.split(size), mask.split(size), strict=True):
-            memory = [part.detach() for part in memory]
-            part, _, memory = selfplay.sequence_loss(
-                agent, data, *chunk, memory, args, float(len(data.action)), ent_coef
-            )
-            loss = loss + part
-    return loss
+    agent.zero_grad()
+    metrics = selfplay.accumulate(agent, data, first, length, args, float(len(data.action)), ent_coef)
+    loss = metrics["policy_loss"] + args.vf_coef * metrics["value_loss"]
+    loss = loss - ent_coef * metrics["entropy"] + args.ref_kl_coef * metrics["reference_kl"]
+    return loss, torch.cat([weight.grad.flatten() for weight in agent.parameters()])
 
 
 def with_targets(selfplay, agent, data, args):
@@ -149,10 +144,11 @@ def with_targets(selfplay, agent, data, args):
 
 
 def assert_is_the_loop(selfplay, agent, data, args):
-    fast, slow = fast_loss(selfplay, agent, data, args, 0.1), slow_loss(selfplay, agent, data, args, 0.1)
+    fast, fast_gradient = fast_loss(selfplay, agent, data, args, 0.1)
+    slow = slow_loss(selfplay, agent, data, args, 0.1)
     if args.algorithm == "ppo":  # the loss of REINFORCE differs by a constant: the old log-probabilities
         torch.testing.assert_close(fast, slow, atol=1e-12, rtol=1e-10)
-    torch.testing.assert_close(gradients(fast, agent), gradients(slow, agent), atol=1e-11, rtol=1e-9)
+    torch.testing.assert_close(fast_gradient, gradients(slow, agent), atol=1e-11, rtol=1e-9)
 
 
 # --- 1: the update is the step-by-step loop
@@ -180,7 +176,7 @@ def test_01_float32_gradient(selfplay, network):
     args, agent = toy_agent(selfplay, network=network, bptt_length=10)
     data = random_data(selfplay, [30, 4, 12, 5], torch.float32)
     with_targets(selfplay, agent, data, args)
-    fast = gradients(fast_loss(selfplay, agent, data, args, 0.1), agent)
+    fast = fast_loss(selfplay, agent, data, args, 0.1)[1]
     slow = gradients(slow_loss(selfplay, agent, data, args, 0.1), agent)
     assert (fast - slow).norm() < 1e-5 * slow.norm()
 
@@ -288,7 +284,7 @@ def test_03_first_ratio_is_one(selfplay, network, sequence):
     args, agent = toy_agent(selfplay, network=network, sequence=sequence)
     data, *_ = toy_data(selfplay, agent, args, num_games=40)
     with_targets(selfplay, agent, data, args)
-    for index, mask in selfplay.batches(*selfplay.units(data, args)):
+    for index, mask in selfplay.batches(*selfplay.pieces(data, args)):
         memory = agent.initial_state(index.shape[1])
         _, metrics, _ = selfplay.sequence_loss(agent, data, index, mask, memory, args, 1.0, 0.0)
         assert metrics["ratio_error"] < 1e-5
@@ -317,7 +313,7 @@ def test_04_padding_has_no_influence(selfplay, network, monkeypatch):
     args, agent = toy_agent(selfplay, torch.float64, network=network)
     data = random_data(selfplay, [9, 8, 7, 7, 3, 3])
     with_targets(selfplay, agent, data, args)
-    before = gradients(fast_loss(selfplay, agent, data, args, 0.1), agent)
+    before = fast_loss(selfplay, agent, data, args, 0.1)[1]
     clean = selfplay.grid
 
     def poisoned(first, length):
@@ -325,7 +321,7 @@ def test_04_padding_has_no_influence(selfplay, network, monkeypatch):
         return torch.where(mask, index, 5), mask
 
     monkeypatch.setattr(selfplay, "grid", poisoned)
-    after = gradients(fast_loss(selfplay, agent, data, args, 0.1), agent)
+    after = fast_loss(selfplay, agent, data, args, 0.1)[1]
     torch.testing.assert_close(after, before, atol=1e-12, rtol=1e-10)
 
 
@@ -333,10 +329,21 @@ def test_04_every_decision_weighs_the_same_in_any_minibatch(selfplay):
     args, agent = toy_agent(selfplay, torch.float64)
     data = random_data(selfplay, [9, 1, 4, 7, 22, 3])
     with_targets(selfplay, agent, data, args)
-    whole = gradients(fast_loss(selfplay, agent, data, args, 0.1), agent)
+    whole = fast_loss(selfplay, agent, data, args, 0.1)[1]
     parts = [torch.tensor([4]), torch.tensor([0, 1, 5]), torch.tensor([2, 3])]
-    summed = sum(gradients(fast_loss(selfplay, agent, data, args, 0.1, part), agent) for part in parts)
+    summed = sum(fast_loss(selfplay, agent, data, args, 0.1, part)[1] for part in parts)
     torch.testing.assert_close(summed, whole, atol=1e-12, rtol=1e-10)
+
+
+def test_04_the_update_does_not_loop_over_steps(selfplay, monkeypatch):
+    """Two calls, of policy and value, for each batch of many sequences; not one for each decision."""
+    args, agent = toy_agent(selfplay)
+    data = random_data(selfplay, [60] * 30 + [50] * 30 + [20] * 10, torch.float32)
+    with_targets(selfplay, agent, data, args)
+    real, calls = selfplay.Net.unroll, []
+    monkeypatch.setattr(selfplay.Net, "unroll", lambda *args: calls.append(args[1].shape) or real(*args))
+    fast_loss(selfplay, agent, data, args, 0.1)
+    assert [shape[:2] for shape in calls] == [(60, 60)] * 2 + [(20, 10)] * 2
 
 
 # --- 5: masks
@@ -350,11 +357,11 @@ def test_05_masked_actions_have_no_probability_and_no_gradient(selfplay):
     with_targets(selfplay, agent, data, args)
     index, _ = next(selfplay.batches(data.first, data.length))
     logprobs, _, _ = agent.unroll(
-        data.obs[index], data.hidden[index], agent.initial_state(index.shape[1]), data.action_mask[index]
+        data.obs[index], data.unseen[index], agent.initial_state(index.shape[1]), data.action_mask[index]
     )
     assert (logprobs.exp()[..., 2] == 0).all()
     torch.testing.assert_close(logprobs.exp().sum(-1), torch.ones(index.shape, dtype=torch.float64))
-    gradients(fast_loss(selfplay, agent, data, args, 0.1), agent)
+    fast_loss(selfplay, agent, data, args, 0.1)[1]
     assert (agent.policy.head.weight.grad[2] == 0).all() and agent.policy.head.bias.grad[2] == 0
     assert (agent.policy.head.weight.grad[1] != 0).any()
 
@@ -377,26 +384,26 @@ def test_08_what_a_player_cannot_see_reaches_the_critic_only(selfplay):
     data = random_data(selfplay, [6, 3])
     index, _ = selfplay.grid(data.first, data.length)
     both = []
-    for hidden in (data.hidden, data.hidden + 1):
+    for unseen in (data.unseen, data.unseen + 1):
         memory = agent.initial_state(2)
-        logprobs, values, _ = agent.unroll(data.obs[index], hidden[index], memory, data.action_mask[index])
+        logprobs, values, _ = agent.unroll(data.obs[index], unseen[index], memory, data.action_mask[index])
         both.append((logprobs, values))
     assert torch.equal(both[0][0], both[1][0]) and not torch.equal(both[0][1], both[1][1])
 
 
-def test_08_hidden_is_the_other_players_view():
+def test_08_unseen_is_the_other_players_view():
     games = OpenSpielGames("leduc_poker", 8, 0)
     games.start(range(8))
     turn = games.observe()
-    for seat, hidden in zip(turn.seat, turn.hidden, strict=True):
+    for seat, unseen in zip(turn.seat, turn.unseen, strict=True):
         other = games.states[seat // 2].observation_tensor(1 - int(seat % 2))
-        np.testing.assert_allclose(hidden * games.scale[:-2], other, rtol=1e-6)
+        np.testing.assert_allclose(unseen * games.scale[:-2], other, rtol=1e-6)
 
 
-def test_08_hidden_entries_stay_with_their_decisions(selfplay):
+def test_08_unseen_entries_stay_with_their_decisions(selfplay):
     args, agent = toy_agent(selfplay)
     data, *_ = toy_data(selfplay, agent, args)
-    torch.testing.assert_close(data.hidden, torch.stack((data.obs[:, 0], 1 - data.obs[:, 1]), 1))
+    torch.testing.assert_close(data.unseen, torch.stack((data.obs[:, 0], 1 - data.obs[:, 1]), 1))
 
 
 # --- attention
@@ -527,18 +534,18 @@ def test_simultaneous_moves_are_applied_together():
 
 
 @pytest.mark.parametrize("env_id, value, count", [("kuhn_poker", 0.4583, 12), ("leduc_poker", 2.3736, 936)])
-def test_exploitability_of_the_uniform_policy(selfplay, env_id, value, count):
+def test_09_exploitability_of_the_uniform_policy(selfplay, env_id, value, count):
     games = OpenSpielGames(env_id, 1, 0)
     assert sum(len(level.name) for level in games.levels) == count
     args = selfplay.Args(env_id=env_id, hidden_size=8)
-    agent = selfplay.Agent(games.obs_size + games.num_actions, games.hidden_size, games.num_actions, args)
+    agent = selfplay.Agent(games.obs_size + games.num_actions, games.unseen_size, games.num_actions, args)
     torch.nn.init.zeros_(agent.policy.head.weight)
     tables = selfplay.policy_tables(agent.policy, games.levels, games.num_actions)
     assert abs(exploitability(games, games.levels, tables) - value) < 1e-4
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 1 / 3])
-def test_exploitability_of_kuhns_equilibria_is_zero(alpha):
+def test_09_exploitability_of_kuhns_equilibria_is_zero(alpha):
     """Kuhn 1950: player 0 bets a jack with probability alpha, a king with 3 alpha, and calls with a queen with
     alpha + 1/3; player 1 calls a bet with a queen and bets a jack after a pass with probability 1/3."""
     games = OpenSpielGames("kuhn_poker", 1, 0)
@@ -552,12 +559,12 @@ def test_exploitability_of_kuhns_equilibria_is_zero(alpha):
 
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("sequence", [True, False])
-def test_policy_tables_are_what_is_played(selfplay, network, sequence):
+def test_09_policy_tables_are_what_is_played(selfplay, network, sequence):
     """The distribution in every information state of Leduc that random games of the policy reach."""
     args = selfplay.Args(network=network, sequence=sequence, hidden_size=8, num_envs=50)
     games = OpenSpielGames("leduc_poker", 50, 0)
     torch.manual_seed(0)
-    agent = selfplay.Agent(games.obs_size + 3, games.hidden_size, 3, args)
+    agent = selfplay.Agent(games.obs_size + 3, games.unseen_size, 3, args)
     torch.nn.init.normal_(agent.policy.head.weight)
     player = selfplay.Player("learner", agent.policy, sequence)
     _, data, _ = selfplay.play(games, [(player, player)] * 200, torch.Generator().manual_seed(0), player)
@@ -606,8 +613,17 @@ def test_head_to_head_changes_seats_and_keeps_the_accounts(selfplay):
     games = ToyGames(3, [(1, 1)])
     a, b = selfplay.Player("a"), selfplay.Player("random")
     payoffs = selfplay.head_to_head(games, a, b, 12, torch.Generator().manual_seed(0))
-    assert len(payoffs) == 12 and games.begun == 12
-    assert sorted(np.abs(payoffs)) == sorted(0 if g % 3 == 0 else 1 + g for g in range(12))
+    assert games.begun == 12
+    assert payoffs.tolist() == [0 if g % 3 == 0 else 1 + g for g in range(12)]  # a wins: it sits where player 0 does
+
+
+def test_a_round_robin_credits_the_winner(selfplay):
+    """Player 0 wins and loses in turn, and seats change in turn: the first of the two wins all but the draws."""
+    games = ToyGames(3, [(1, 1)])
+    ratings = selfplay.round_robin(
+        games, [selfplay.Player("a"), selfplay.Player("b")], 9, torch.Generator().manual_seed(0)
+    )
+    assert abs(ratings[0] - ratings[1] - 400 * np.log10(7.5 / 1.5)) < 1e-6  # 6 wins and 3 draws of 9
 
 
 def test_opponents_by_their_shares(selfplay):
@@ -632,14 +648,15 @@ def test_pool_sampling(selfplay):
     agent, pool = selfplay.Agent(7, 0, 3, args), selfplay.Pool()
     for made in range(4):
         pool.add(agent.policy, made, args)
-        pool.recent[-1].extend([1.0] * 50 if made != 2 else [-1.0] * 50)
+        pool.recent[-1].extend({0: [1.0] * 50, 1: [1.0] * 50, 2: [-1.0] * 50, 3: []}[made])
     drawn = {kind: [p.name for p in pool.draw(2000, kind, rng)] for kind in ("uniform", "recent", "prioritised")}
-    assert all(abs(drawn["uniform"].count(f"snapshot {i}") - 500) < 100 for i in range(4))
-    assert set(drawn["recent"]) == {"snapshot 2", "snapshot 3"}
-    assert drawn["prioritised"].count("snapshot 2") > 1800
+    assert all(abs(drawn["uniform"].count(f"snapshot_{i}") - 500) < 100 for i in range(4))
+    assert set(drawn["recent"]) == {"snapshot_2", "snapshot_3"}
+    shares = [drawn["prioritised"].count(f"snapshot_{i}") / 2000 for i in range(4)]
+    np.testing.assert_allclose(shares, np.array([0.01, 0.01, 1.01, 0.26]) / 1.29, atol=0.04)
 
 
-def test_the_pool_thins_out_and_keeps_its_ends(selfplay):
+def test_11_the_pool_thins_out_and_keeps_its_ends(selfplay):
     args = selfplay.Args(hidden_size=8, pool_size=6)
     agent, pool = selfplay.Agent(7, 0, 3, args), selfplay.Pool()
     for made in range(40):
@@ -663,12 +680,14 @@ def test_the_pool_thins_out_and_keeps_its_ends(selfplay):
         ("leduc_poker", [3, -1.5] * 50, True),
     ],
 )
-def test_a_snapshot_is_taken_when_the_newest_is_beaten(selfplay, env_id, payoffs, beaten):
+def test_11_a_snapshot_is_taken_when_the_newest_is_beaten(selfplay, env_id, payoffs, beaten):
     args = selfplay.Args(env_id=env_id, hidden_size=8)
     agent, pool = selfplay.Agent(7, 0, 3, args), selfplay.Pool()
     pool.add(agent.policy, 0, args)
-    for payoff in payoffs:
-        pool.record(pool.players[0], payoff)
+    learner = selfplay.Player("learner", agent.policy)
+    pairs = [(learner, pool.players[0]) if i % 2 else (pool.players[0], learner) for i in range(len(payoffs))]
+    both = np.array([(x, -x) if i % 2 else (-x, x) for i, x in enumerate(payoffs)])
+    assert pool.record([*pairs, (learner, learner)], np.append(both, [[9, -9]], 0), learner) == payoffs
     assert pool.is_beaten(args) == beaten
 
 
@@ -683,7 +702,7 @@ def test_scripted_players_choose_for_themselves(selfplay):
             assert action == np.flatnonzero(allowed)[-1]
 
 
-def test_the_reference_pulls_the_policy_towards_itself(selfplay):
+def test_07_the_reference_pulls_the_policy_towards_itself(selfplay):
     """With nothing but the KL term, gradient steps end at the reference policy."""
     args, agent = toy_agent(selfplay, ref_kl_coef=1.0, vf_coef=0.0)
     data = random_data(selfplay, [4, 4, 6], torch.float32)
@@ -691,11 +710,10 @@ def test_the_reference_pulls_the_policy_towards_itself(selfplay):
     data.advantages = torch.zeros_like(data.advantages)
     optimizer = torch.optim.Adam(agent.policy.parameters(), 0.01)
     for _ in range(300):
-        optimizer.zero_grad()
-        fast_loss(selfplay, agent, data, args, 0.0).backward()
+        fast_loss(selfplay, agent, data, args, 0.0)
         optimizer.step()
     index, mask = selfplay.grid(data.first, data.length)
     logits, _ = reference.unroll(data.obs[index], reference.initial_state(3))
     expected = selfplay.masked_logprobs(logits, data.action_mask[index])[mask].exp()
-    own, _, _ = agent.unroll(data.obs[index], data.hidden[index], agent.initial_state(3), data.action_mask[index])
+    own, _, _ = agent.unroll(data.obs[index], data.unseen[index], agent.initial_state(3), data.action_mask[index])
     assert (own[mask].exp() - expected).abs().max() < 0.02

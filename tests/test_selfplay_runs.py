@@ -60,9 +60,63 @@ def test_logged_action_frequencies_are_those_of_the_games(selfplay, tmp_path, mo
     np.testing.assert_allclose(logged.sum(1), 1, rtol=1e-6)
 
 
-def test_first_ratio_is_one_in_every_update(selfplay, tmp_path):
+def test_10_first_ratio_is_one_in_every_update(selfplay, tmp_path):
     result = small_run(selfplay, tmp_path, network="lstm_attention", num_envs=7, env_id="leduc_poker")
     assert all(error < 1e-4 for _, error in scalars(result["run_dir"])["losses/first_ratio_error"])
+
+
+GOOFSPIEL = {"env_id": "goofspiel", "env_kwargs": '{"imp_info": true, "num_cards": 4}', "algorithm": "reinforce"}
+PHANTOM_GO = {"env_id": "phantom_go", "env_kwargs": '{"board_size": 3}', "games_per_update": 8, "network": "attention"}
+RUNS = [
+    {"bptt_length": 1, "network": "lstm_attention", "env_id": "leduc_poker"},
+    {"bptt_length": -1, "memory_budget_mb": 0, "env_id": "leduc_poker", "target_kl": 1e-9, "update_epochs": 3},
+    {"sequence": False, "algorithm": "reinforce", "baseline": False},
+    {"opponents": "random:1", "num_minibatches": 1, "eval_deterministic": True},
+    {"opponents": "past:1", "past_sampling": "prioritised", "games_per_update": 10, "num_envs": 64},
+    GOOFSPIEL,
+    PHANTOM_GO,
+]
+
+
+@pytest.mark.parametrize("changes", RUNS)
+def test_every_kind_of_run_ends_with_a_summary(selfplay, tmp_path, changes):
+    result = small_run(selfplay, tmp_path, total_timesteps=300, **changes)
+    assert result["global_step"] >= 300 and 0 <= result["win_rates"]["random"] <= 1 and "snapshot_0" in result["elo"]
+    known = "env_id" not in changes or changes["env_id"] == "leduc_poker"
+    assert ("exploitability" in result) == known
+    tags = scalars(result["run_dir"])
+    if changes.get("bptt_length"):
+        assert {value for _, value in tags["selfplay/bptt_length"]} == {1.0}
+    assert np.isfinite([value for points in tags.values() for _, value in points]).all()
+
+
+def test_10_payoffs_are_booked_where_they_belong(selfplay, tmp_path, monkeypatch):
+    real, seen = selfplay.Pool.record, []
+
+    def record(pool, pairs, payoffs, learner):
+        booked = real(pool, pairs, payoffs, learner)
+        seats = [pair.index(learner) for pair in pairs if pair[0] is not pair[1]]
+        rows = [payoff for pair, payoff in zip(pairs, payoffs, strict=True) if pair[0] is not pair[1]]
+        assert booked == [row[seat] for row, seat in zip(rows, seats, strict=True)] and len(booked) > 0
+        seen.extend(booked)
+        return booked
+
+    monkeypatch.setattr(selfplay.Pool, "record", record)
+    result = small_run(selfplay, tmp_path)
+    assert result["train_return_mean"] == pytest.approx(np.mean(seen[-100:]))
+
+
+def test_07_reference_and_entropy_bonus_follow_their_schedules(selfplay, tmp_path, monkeypatch):
+    real, coefficients = selfplay.accumulate, []
+
+    def accumulate(*args):
+        coefficients.append(args[-1])
+        return real(*args)
+
+    monkeypatch.setattr(selfplay, "accumulate", accumulate)
+    result = small_run(selfplay, tmp_path, ent_coef=0.3, ent_coef_final=0.1, num_minibatches=1)
+    steps = [0, *[step for step, _ in scalars(result["run_dir"])["charts/SPS"]][:-1]]
+    np.testing.assert_allclose(coefficients, [0.3 - 0.2 * step / 1000 for step in steps])
 
 
 def test_resume_keeps_pool_counters_and_curve(selfplay, tmp_path):
@@ -86,7 +140,7 @@ def test_resume_keeps_pool_counters_and_curve(selfplay, tmp_path):
         selfplay.restore = real
     for name, saved in seen["state"].items():
         assert checkpoints_equal(saved, state[name]), name
-    assert len(seen["pool"]) > 3 and seen["pool"][0] == "snapshot 0" and sum(map(len, state["pool"]["recent"])) > 20
+    assert len(seen["pool"]) > 3 and seen["pool"][0] == "snapshot_0" and sum(map(len, state["pool"]["recent"])) > 20
     assert second["run_dir"] == first["run_dir"] and second["global_step"] >= 2000 > first["global_step"]
     after = scalars(first["run_dir"])["charts/SPS"]
     assert after[: len(before)] == before and len(after) > len(before)
@@ -105,7 +159,7 @@ def test_evaluate_transfer_and_head_to_head(selfplay, selfplay_path, tmp_path):
     result = run(selfplay_path, "--evaluate", checkpoint, "--against", other, "--eval-episodes", 40)
     assert result.returncode == 0, result.stderr
     rates = json.loads(result.stdout.splitlines()[-1])["win_rates"]
-    assert list(rates) == [other] and 0 <= rates[other] <= 1
+    assert list(rates) == [other] and 0 <= rates[other] <= 1 and "nan" not in result.stdout
     started = small_run(selfplay, tmp_path / "c", init_from=checkpoint, seed=5)
     assert started["before"]["selfplay/exploitability"] == pytest.approx(first["exploitability"])
 
@@ -131,6 +185,8 @@ WRONG = [
     (["--ref-kl-coef", "-1"], "--ref-kl-coef must not be negative"),
     (["--bptt-length", "-2"], "--bptt-length"),
     (["--hidden-size", "30"], "--hidden-size must be a multiple of 4"),
+    (["--env-id", "kuhn_poker", "--env-kwargs", "[1]"], "kuhn_poker"),
+    (["--pool-size", "1"], "--pool-size must be at least 2"),
     (["--opponents", "self"], "expected name:share"),
     (["--opponents", "self:0.5,heuristic:0.5"], "no opponent heuristic"),
     (["--opponents", "self:0"], "all shares are 0"),
@@ -144,11 +200,11 @@ WRONG = [
 
 
 @pytest.mark.parametrize("args, message", WRONG)
-def test_wrong_input_is_one_line_and_exit_code_2(selfplay, selfplay_path, tmp_path, args, message, monkeypatch, capsys):
+def test_wrong_input_is_one_line_and_exit_code_2(selfplay, selfplay_path, tmp_path, args, message, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", [str(selfplay_path), *args, "--runs-dir", str(tmp_path / "runs")])
     with pytest.raises(SystemExit) as exit:
         selfplay.main()
-    error = capsys.readouterr().err
+    error = capfd.readouterr().err
     assert exit.value.code == 2 and message in error
     assert error.startswith("error: ") and error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
@@ -208,7 +264,8 @@ torch.save(agents[0].state_dict(), {str(tmp_path)!r} + f"/weights_{{os.environ['
 
 def test_kuhn_gets_less_exploitable(selfplay, tmp_path):
     result = small_run(
-        selfplay, tmp_path, total_timesteps=40_000, opponents="self:1", num_envs=256, games_per_update=256,
-        hidden_size=32, checkpoint_every=0, learning_rate=3e-3, elo_games=0, ref_rate=0.1,
+        selfplay, tmp_path, total_timesteps=80_000, opponents="self:1", num_envs=512, games_per_update=512,
+        hidden_size=32, checkpoint_every=0, learning_rate=3e-3, elo_games=0, ref_rate=0.05, ref_kl_coef=0.5,
+        ent_coef=0.05, ent_coef_final=0.005, gae_lambda=0.5,
     )  # fmt: skip
     assert result["before"]["selfplay/exploitability"] > 0.4 and result["exploitability"] < 0.2

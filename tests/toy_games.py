@@ -12,7 +12,7 @@ class ToyGames:
     without a payoff after half of their steps."""
 
     scripted = ("always_last",)
-    obs_size, hidden_size, num_actions, max_payoff = 4, 2, 3, 1.0
+    obs_size, unseen_size, num_actions, max_payoff = 4, 2, 3, 1.0
 
     def __init__(self, num_games: int, lengths: list[tuple[int, int]], lost=(), seed=0):
         self.num_games, self.lengths, self.lost = num_games, lengths, lost
@@ -51,8 +51,8 @@ class ToyGames:
         self.mask = self.rng.random((len(seats), 3)) < 0.5
         self.mask[np.arange(len(seats)), self.rng.integers(0, 3, len(seats))] = True
         self.last_obs, self.reward = obs, np.array([self.steps[seat] / 100 for seat in seats], np.float32)
-        hidden = np.concatenate((obs[:, :1], 1 - obs[:, 1:2]), 1)  # what they cannot see: (game, the other player)
-        return Turn(np.array(seats, np.int64), obs, self.mask, self.reward, ended, hidden)
+        unseen = np.concatenate((obs[:, :1], 1 - obs[:, 1:2]), 1)  # what they cannot see: (game, the other player)
+        return Turn(np.array(seats, np.int64), obs, self.mask, self.reward, ended, unseen)
 
     def observation(self, seat: int) -> list[float]:
         return [self.number[seat // 2], seat % 2, self.steps[seat], self.rng.normal()]
