@@ -37,7 +37,7 @@ def training(args: selfplay.Args) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as runs_dir:
         args = selfplay.replace(args, runs_dir=runs_dir, elo_games=0, eval_episodes=2, checkpoint_every=0)
         result = selfplay.train(args)
-    return {"decisions_per_s": result["sps"], "games_per_s": result["games_per_s"]}
+    return {"games": result["games"], "decisions_per_s": result["sps"], "games_per_s": result["games_per_s"]}
 
 
 def openspiel() -> None:
@@ -127,7 +127,7 @@ def showdown_training(num_envs: int, num_battles: int) -> dict[str, float]:
     cpu["server"] = after.ru_utime + after.ru_stime - server.ru_utime - server.ru_stime
     cpu["poke_env_thread"] = time.process_time() - process - (time.thread_time() - main)
     cpu["main_thread_other"] = time.thread_time() - main - sum(clock.cpu for clock in clocks.values())
-    battles = rate["games_per_s"] and num_battles + 12  # 2 against each of 3 opponents, before and after
+    battles = rate["games"] + 12  # 2 against each of 3 opponents, before and after
     return rate | {f"cpu_{name}_per_battle": seconds / battles for name, seconds in cpu.items()}
 
 

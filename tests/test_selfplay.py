@@ -626,6 +626,20 @@ def test_a_round_robin_credits_the_winner(selfplay):
     assert abs(ratings[0] - ratings[1] - 400 * np.log10(7.5 / 1.5)) < 1e-6  # 6 wins and 3 draws of 9
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_12_evaluation_samples_unless_told_otherwise(selfplay, deterministic):
+    """A policy of 0.6, 0.4 in every information state of Kuhn plays both actions, or only the likelier one."""
+    args = selfplay.Args(env_id="kuhn_poker", hidden_size=8, num_envs=64)
+    games = selfplay.make_games(args, 0)
+    agent = selfplay.Agent(games.obs_size + 2, games.unseen_size, 2, args)
+    torch.nn.init.zeros_(agent.policy.head.weight)
+    agent.policy.head.bias.data = torch.tensor([0.6, 0.4]).log()
+    player = selfplay.Player("learner", agent.policy, True, deterministic)
+    _, data, _ = selfplay.play(games, [(player, player)] * 500, torch.Generator().manual_seed(0), player)
+    share = float((data.action == 0).float().mean())
+    assert share == 1 if deterministic else abs(share - 0.6) < 0.05
+
+
 def test_opponents_by_their_shares(selfplay):
     args = selfplay.Args(opponents="self:0.5,past:0.3,random:0.2", games_per_update=4000, hidden_size=8)
     agent, pool, rng = selfplay.Agent(7, 0, 3, args), selfplay.Pool(), torch.Generator().manual_seed(0)
