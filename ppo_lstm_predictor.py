@@ -955,7 +955,8 @@ def on_signal(number: int, frame) -> None:
 
 def setup(args: Args) -> tuple[torch.device, int, int]:
     """Device, rank and number of processes: one, unless torchrun started more."""
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    on_gpu = args.cuda and torch.cuda.is_available()
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu")
     torch.set_num_threads(args.torch_threads)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     if "RANK" not in os.environ:
@@ -1023,6 +1024,9 @@ def train(args: Args) -> dict:
     progress = Progress()
     if args.evaluate or args.resume:
         progress = restore(parts, load(args.evaluate or f"{args.resume}/checkpoint.pt", args))
+        if rank > 0:  # the checkpoint holds the generators of rank 0
+            rng.manual_seed(args.seed + rank + progress.global_step)
+            predictor_rng.manual_seed(args.seed + rank + progress.global_step)
     if args.evaluate:
         envs.close()
         run_dir = Path(args.evaluate).parent
@@ -1142,7 +1146,7 @@ def main() -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    if signals:
+    if signals and not result:
         sys.exit(128 + signals[0])
     if result:
         before, now = result["before_return_mean"], result["eval_return_mean"]
