@@ -830,6 +830,7 @@ def assess(games, agent: Agent, reference: Net, pool: Pool, args: Args, final: b
         for player, rating in zip(players, ratings - ratings[0], strict=True):
             scores[f"elo/{player.name}"] = rating
         scores["selfplay/elo"] = ratings[-1] - ratings[0]  # above the random player
+    scores["eval/episodic_return"] = scores["selfplay/payoff_vs_random"]
     rates = [score for name, score in scores.items() if name.startswith("selfplay/win_rate_vs")]
     scores["eval/score"] = -scores.get("selfplay/exploitability", -np.mean(rates))  # the higher, the better
     return {name: float(score) for name, score in scores.items()}
