@@ -133,11 +133,11 @@ class Args:
     """clip range of the probability ratio"""
     ent_coef: float = 0.05
     """weight of the entropy bonus at the start"""
-    ent_coef_final: float = 0.01
+    ent_coef_final: float = 0.02
     """weight of the entropy bonus at the end, reached linearly"""
     ref_kl_coef: float = 0.2
     """weight of the KL divergence from policy to reference policy"""
-    ref_rate: float = 0.005
+    ref_rate: float = 0.01
     """how far the reference's weights move towards the current ones in each update; annealed like the learning rate"""
     vf_coef: float = 0.5
     """weight of the value loss"""
