@@ -75,6 +75,8 @@ class Args:
     """games against each opponent of an evaluation, half of them in each seat"""
     eval_deterministic: bool = False
     """play evaluations' games with the most likely actions; with hidden information the best policy is mostly mixed"""
+    eval_average: bool = False
+    """play evaluations' games with the moving average of the policy's weights"""
 
     # --- environment
     env_id: str = "leduc_poker"
@@ -807,6 +809,11 @@ def policy_tables(net: Net, levels: list[Level], num_actions: int, sequence: boo
     return tables
 
 
+def evaluated(agent: Agent, reference: Net, args: Args) -> Player:
+    net = reference if args.eval_average else agent.policy
+    return Player("learner", net, args.sequence, args.eval_deterministic)
+
+
 def assess(games, agent: Agent, reference: Net, pool: Pool, args: Args, final: bool = False) -> dict[str, float]:
     """Exploitability of the policy, of its moving average (the reference) and of the policy without its memory; win
     rates against fixed opponents; at the end also Elo ratings."""
@@ -820,7 +827,7 @@ def assess(games, agent: Agent, reference: Net, pool: Pool, args: Args, final: b
         )[: 3 if final else 2]:
             tables = policy_tables(net, levels, games.num_actions, sequence)
             scores[f"selfplay/{name}"] = exploitability(games, levels, tables)
-    learner = Player("learner", agent.policy, args.sequence, args.eval_deterministic)
+    learner = evaluated(agent, reference, args)
     for name in ("random", *games.scripted):
         payoffs = head_to_head(games, learner, Player(name), args.eval_episodes, generator)
         scores |= match_scores(name, payoffs)
@@ -854,7 +861,7 @@ def evaluate(args: Args, device: torch.device) -> dict:
         progress = restore({"agent": agent, "reference": reference, "pool": pool}, state, args)
         if not args.against:
             return summary(assess(games, agent, reference, pool, args, final=True), progress, args, run_dir)
-        learner = Player("learner", agent.policy, args.sequence, args.eval_deterministic)
+        learner = evaluated(agent, reference, args)
         generator = torch.Generator(device).manual_seed(args.seed + EVAL_SEED)
         payoffs = head_to_head(games, learner, opponent(args.against, agent, args), args.eval_episodes, generator)
         return summary(match_scores(args.against, payoffs), progress, args, run_dir)
@@ -1158,7 +1165,7 @@ def verdict(result: dict) -> str:
     """One line for people."""
     before, rates = result["before"], result["win_rates"]
     if "exploitability" in result:
-        now = f"{result['exploitability']:.3f} (of the average policy {result['exploitability_average']:.3f})"
+        now = f"{result['exploitability']:.3f} (moving average of the policy: {result['exploitability_average']:.3f})"
         return f"exploitability: before {before['selfplay/exploitability']:.3f} | now {now} | equilibrium 0"
     parts = []
     for name, rate in rates.items():

@@ -65,13 +65,21 @@ def test_10_first_ratio_is_one_in_every_update(selfplay, tmp_path):
     assert all(error < 1e-4 for _, error in scalars(result["run_dir"])["losses/first_ratio_error"])
 
 
+def test_evaluation_plays_the_policy_or_its_average(selfplay):
+    args = selfplay.Args(hidden_size=8)
+    agent = selfplay.Agent(5, 0, 2, args)
+    reference = copy.deepcopy(agent.policy)
+    assert selfplay.evaluated(agent, reference, args).net is agent.policy
+    assert selfplay.evaluated(agent, reference, dataclasses.replace(args, eval_average=True)).net is reference
+
+
 GOOFSPIEL = {"env_id": "goofspiel", "env_kwargs": '{"imp_info": true, "num_cards": 4}', "algorithm": "reinforce"}
 PHANTOM_GO = {"env_id": "phantom_go", "env_kwargs": '{"board_size": 3}', "games_per_update": 8, "network": "attention"}
 RUNS = [
     {"bptt_length": 1, "network": "lstm_attention", "env_id": "leduc_poker"},
     {"bptt_length": -1, "memory_budget_mb": 0, "env_id": "leduc_poker", "target_kl": 1e-9, "update_epochs": 3},
     {"sequence": False, "algorithm": "reinforce", "baseline": False},
-    {"opponents": "random:1", "num_minibatches": 1, "eval_deterministic": True},
+    {"opponents": "random:1", "num_minibatches": 1, "eval_deterministic": True, "eval_average": True},
     {"opponents": "past:1", "past_sampling": "prioritised", "games_per_update": 10, "num_envs": 64},
     GOOFSPIEL,
     PHANTOM_GO,
