@@ -93,14 +93,15 @@ class Clock:
 
     def __init__(self, owner, name: str):
         self.owner, self.name, self.real, self.cpu = owner, name, getattr(owner, name), 0.0
-        setattr(owner, name, self.call)
 
-    def call(self, *args, **kwargs):
-        cpu = time.thread_time()
-        try:
-            return self.real(*args, **kwargs)
-        finally:
-            self.cpu += time.thread_time() - cpu
+        def timed(*args, **kwargs):
+            cpu = time.thread_time()
+            try:
+                return self.real(*args, **kwargs)
+            finally:
+                self.cpu += time.thread_time() - cpu
+
+        setattr(owner, name, timed)
 
     def undo(self) -> None:
         setattr(self.owner, self.name, self.real)
