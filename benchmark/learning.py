@@ -7,8 +7,8 @@
     python benchmark/learning.py flycraft        # 10 minutes; needs requirements-envs.txt
     python benchmark/learning.py kuhn            # 4 minutes
     python benchmark/learning.py leduc           # 15 minutes
-    python benchmark/learning.py leduc_ablation  # 30 minutes
-    python benchmark/learning.py phantom_go      # 30 minutes
+    python benchmark/learning.py leduc_ablation  # 8 minutes
+    python benchmark/learning.py phantom_go      # 8 minutes
 
 Results: {task}_curves.csv, {task}_final.csv and {task}.png in benchmark/results/. `--plot-only` draws them again.
 """
@@ -38,9 +38,9 @@ FLYCRAFT = "ppo_lstm_predictor.py --env-id environments.flycraft:FlyCraftEasy-v0
 SELFPLAY = "sequence_ppo_selfplay.py --eval-episodes 1000 --elo-games 0"
 KUHN = "--total-timesteps 1500000 --ref-kl-coef 0.5 --ref-rate 0.05 --ent-coef-final 0.005"
 LEDUC = f"{SELFPLAY} --checkpoint-every 50"
-SHORT = f"{LEDUC} --total-timesteps 2500000"
+SHORT = f"{LEDUC} --total-timesteps 1500000"
 GO = 'sequence_ppo_selfplay.py --env-id phantom_go --env-kwargs {"board_size":5} --num-envs 128 --games-per-update 128'
-GO += " --total-timesteps 600000 --hidden-size 128 --checkpoint-every 10 --update-epochs 2 --num-minibatches 2"
+GO += " --total-timesteps 300000 --hidden-size 128 --checkpoint-every 10 --update-epochs 2 --num-minibatches 2"
 GO += " --gae-lambda 0.95 --elo-games 0"
 RETURN = "charts/episodic_return"
 EXPLOITABILITY, AVERAGE = "selfplay/exploitability", "selfplay/exploitability_average"
@@ -79,7 +79,7 @@ TASKS = {  # task: (seeds, title, {label: command}), and what is plotted if not 
     "leduc": (range(1, 4), "Leduc poker", {"self-play": LEDUC}, [EXPLOITABILITY, AVERAGE]),
     "leduc_ablation": (
         range(1, 4),
-        "Leduc poker, 2.5 million decisions",
+        "Leduc poker, 1.5 million decisions",
         {
             "default": SHORT,
             "no memory (--no-sequence)": f"{SHORT} --no-sequence",
