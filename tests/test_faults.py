@@ -83,15 +83,20 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("args, message", WRONG)
-def test_wrong_input_is_one_line_and_exit_code_2(script, script_path, tmp_path, args, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(script_path), *args, "--runs-dir", str(tmp_path / "runs")])
+def assert_refused(script, path, args, message, tmp_path, monkeypatch, capfd):
+    """One line on standard error, exit code 2, and nothing done."""
+    monkeypatch.setattr(sys, "argv", [str(path), *args, "--runs-dir", str(tmp_path / "runs")])
     with pytest.raises(SystemExit) as exit:
         script.main()
-    error = capsys.readouterr().err
+    error = capfd.readouterr().err
     assert exit.value.code == 2 and message in error
     assert error.startswith("error: ") and error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("args, message", WRONG)
+def test_wrong_input_is_one_line_and_exit_code_2(script, script_path, tmp_path, args, message, monkeypatch, capfd):
+    assert_refused(script, script_path, args, message, tmp_path, monkeypatch, capfd)
 
 
 def test_wrong_input_from_the_shell(script_path, tmp_path):

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_faults import checkpoints_equal, environment, run, start, wait_for_checkpoint
+from test_faults import assert_refused, checkpoints_equal, environment, run, start, wait_for_checkpoint
 from toys import same_but_for_time, scalars
 
 SMALL = {
@@ -209,13 +209,7 @@ WRONG = [
 
 @pytest.mark.parametrize("args, message", WRONG)
 def test_wrong_input_is_one_line_and_exit_code_2(selfplay, selfplay_path, tmp_path, args, message, monkeypatch, capfd):
-    monkeypatch.setattr(sys, "argv", [str(selfplay_path), *args, "--runs-dir", str(tmp_path / "runs")])
-    with pytest.raises(SystemExit) as exit:
-        selfplay.main()
-    error = capfd.readouterr().err
-    assert exit.value.code == 2 and message in error
-    assert error.startswith("error: ") and error.count("\n") == 1
-    assert not (tmp_path / "runs").exists()
+    assert_refused(selfplay, selfplay_path, args, message, tmp_path, monkeypatch, capfd)
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
