@@ -93,7 +93,7 @@ OBSERVATION = {  # name: range
     "training": (0, 1),
     "blending": (0, 1),
     "holding": (0, 1),
-    **{name: (0, 1) for name in BLUEPRINTS},  # blueprint of the live seed, one-hot
+    **dict.fromkeys(BLUEPRINTS, (0, 1)),  # blueprint of the live seed, one-hot
     "seed_age": (0, 1),  # epochs since its germination, as a fraction of the episode
     "alpha": (0, 1),
     "improvement": (-1, 1),  # of the validation loss since its germination
@@ -104,7 +104,7 @@ OBSERVATION = {  # name: range
 }
 HISTORY = ("train_loss", "validation_loss", "validation_accuracy", "contribution")  # repeated by `history`
 
-ACCURACY = 10.0  # reward for the final accuracy on the validation images
+ACCURACY = 10.0  # reward for what was gained in final accuracy on the validation images
 CONTRIBUTION = 0.1  # … for the change of the seed's contribution to the validation loss, per nat
 RENT = 0.003  # cost of an epoch, times the parameter ratio
 INTERVENTION = 0.01  # cost of any action but WAIT
@@ -139,7 +139,7 @@ def load_images(dataset: str, data_dir: str) -> Patches:
         train, train_labels, test, test_labels = load(data_dir)
         images, labels = np.concatenate((train, test)), np.concatenate((train_labels, test_labels))
         n = len(train)
-        kernel, stride, ends = 5, 4, ((0, n * 9 // 10), (n * 9 // 10, n * 9 // 10 + 1000), (n, n + 2000))
+        kernel, stride, ends = 5, 4, ((0, n * 9 // 10), (n * 9 // 10, min(n, n * 9 // 10 + 1000)), (n, n + 2000))
     else:
         raise ValueError(f"dataset must be digits or cifar10, not {dataset}")
     first, last = ends[0]
@@ -220,25 +220,29 @@ def normalize(x: Tensor, scale: Tensor, shift: Tensor, width: Tensor) -> Tensor:
     return (z * scale[:, None, None] + shift[:, None, None]).flatten(2)
 
 
-def apply_module(name: str, x: Tensor, flat: Tensor, width: Tensor, joins: Tensor) -> Tensor:
-    """Modules of one blueprint on x [R, B, Q * W], with weights `flat` [R, …]."""
-    channels = WIDTH
-    weights = unpack(flat, module_shapes_of(channels)[name])
-    if name == "norm":
-        return normalize(x, *weights, width)
-    if name == "attention":  # squeeze-and-excitation, arXiv 1709.01507
-        squeeze, excite = weights
-        maps = x.unflatten(2, (-1, channels))  # [R, B, Q, W]
-        gate = 2 * torch.sigmoid((maps.mean(2) @ squeeze).relu() @ excite)  # [R, B, W]
-        return (maps * gate.unsqueeze(2)).flatten(2)
-    scale, shift, kernel, *rest = weights
-    if name == "depthwise":  # a pointwise behind a depthwise convolution is one with a kernel of this form
-        kernel = rest.pop()[..., None] * kernel[:, :, None]  # [R, in, out, 9]
-    x = x + normalize(x @ spread(kernel, joins), scale, shift, width).relu()
-    if rest:
-        scale, shift, kernel = rest
-        x = x + normalize(x @ spread(kernel, joins), scale, shift, width).relu()
-    return x
+def residual_conv(x: Tensor, scale: Tensor, shift: Tensor, kernel: Tensor, width: Tensor, joins: Tensor) -> Tensor:
+    return x + normalize(x @ spread(kernel, joins), scale, shift, width).relu()
+
+
+def apply_modules(x: Tensor, flat: Tensor, width: Tensor, counts: list[int], joins: Tensor) -> Tensor:
+    """The output of M modules, sorted by blueprint, `counts` of each: x [M, B, Q * W], weights `flat` [M, MODULE_SIZE]."""
+    inputs, widths = x.split(counts), width.split(counts)
+    weights = [
+        unpack(part, module_shapes_of(WIDTH)[name]) for part, name in zip(flat.split(counts), BLUEPRINTS, strict=True)
+    ]
+    norm = normalize(inputs[0], *weights[0], widths[0])
+
+    squeeze, excite = weights[1]  # squeeze-and-excitation, arXiv 1709.01507
+    maps = inputs[1].unflatten(2, (-1, WIDTH))  # [., B, Q, W]
+    gate = 2 * torch.sigmoid((maps.mean(2) @ squeeze).relu() @ excite)  # [., B, W]
+    attention = (maps * gate.unsqueeze(2)).flatten(2)
+
+    scale, shift, depth, point = weights[2]  # depthwise, then pointwise: a convolution whose kernel has this form
+    depthwise = scale, shift, point[..., None] * depth[:, :, None]
+    first = [torch.cat(parts) for parts in zip(depthwise, weights[3], weights[4][:3], strict=True)]
+    conv = residual_conv(torch.cat(inputs[2:]), *first, torch.cat(widths[2:]), joins)
+    conv, heavy = conv.split([counts[2] + counts[3], counts[4]])
+    return torch.cat((norm, attention, conv, residual_conv(heavy, *weights[4][3:], widths[4], joins)))
 
 
 class Rows(NamedTuple):
@@ -246,8 +250,10 @@ class Rows(NamedTuple):
 
     weights: Tensor  # [R, P]
     width: Tensor  # [R]
-    alpha: Tensor  # [R, SLOTS]; a module with 0 is not computed
-    groups: list[tuple[int, int, Tensor]]  # (slot, blueprint, rows that have it with alpha > 0)
+    alpha: Tensor  # [R, SLOTS]
+    grown: list[
+        tuple[Tensor, list[int]]
+    ]  # for each slot: rows whose module has alpha > 0, by blueprint; numbers of each
 
 
 def forward(rows: Rows, patches: Tensor, contrast: Tensor, joins: Tensor) -> Tensor:
@@ -260,12 +266,12 @@ def forward(rows: Rows, patches: Tensor, contrast: Tensor, joins: Tensor) -> Ten
     stem, stem_bias, conv, conv_bias, head, head_bias = unpack(host, shapes)
 
     def slot(x: Tensor, number: int) -> Tensor:
-        for where, blueprint, members in rows.groups:
-            if where == number:
-                old = x[members]
-                new = apply_module(BLUEPRINTS[blueprint], old, modules[number][members], rows.width[members], joins)
-                x = x.index_add(0, members, rows.alpha[members, number, None, None] * (new - old))
-        return x
+        members, counts = rows.grown[number]
+        if not len(members):
+            return x
+        old = x.index_select(0, members)
+        new = apply_modules(old, modules[number].index_select(0, members), rows.width[members], counts, joins)
+        return x.index_add(0, members, rows.alpha[members, number, None, None] * (new - old))
 
     x = (patches.flatten(1, 2).expand(count, -1, -1) @ stem).view(count, batch, -1)  # [R, B, Q * W]
     x = x * contrast.unsqueeze(2) + stem_bias.repeat(1, positions)[:, None]
@@ -292,11 +298,12 @@ class Morphogenesis(VectorEnv):
     """N hosts; one step is an epoch of each. Actions are ACTIONS, observations OBSERVATION, both in that order, and
     `infos["action_mask"]` [N, 8] tells what is allowed; anything else raises ValueError. Autoreset is SAME_STEP.
 
-    The reward is ACCURACY times the final accuracy on the validation images, plus CONTRIBUTION times each change of the
-    live seed's contribution (0 until it is blended in; what was paid is taken back if the seed goes), minus RENT and
-    INTERVENTION, plus potential-based shaping (Ng et al. 1999) with a potential that is 0 at every start and end. A host
-    whose loss is no longer finite ends its episode, with the accuracy of guessing. Only `final_info` tells anything about
-    the test images.
+    The reward is, at the end, ACCURACY times the accuracy on the validation images beyond that of the host's twin, which has
+    the same start and the same data, and in which nothing grows (without that, the return would mostly tell how hard the
+    host is); plus CONTRIBUTION times each change of the live seed's contribution (0 until it is blended in; what was paid is
+    taken back if the seed goes), minus RENT and INTERVENTION, plus potential-based shaping (Ng et al. 1999) whose potential
+    is 0 at every end. A host whose loss is no longer finite ends its episode, with the accuracy of guessing. Only
+    `final_info` tells anything about the test images.
 
     `reset(seed=[…])` gives each host a seed, which determines everything but the actions; `options={"modules": [N, SLOTS]}`
     lets hosts start with permanent modules (blueprint numbers, or -1). `history` adds the last so many values of HISTORY.
@@ -334,8 +341,8 @@ class Morphogenesis(VectorEnv):
         self.contrast = [torch.ones(num_envs, len(labels)) for _, labels in self.images]
         # where it stands
         host_size = size(shapes_of(WIDTH, self.patch))
-        self.weights, self.momentum = torch.zeros(2, num_envs, host_size + SLOTS * MODULE_SIZE)
-        self.direction = torch.zeros_like(self.weights)  # 1: descends the loss, -1: climbs, 0: padding
+        self.weights, self.momentum = torch.zeros(2, 2 * num_envs, host_size + SLOTS * MODULE_SIZE)  # then the twins'
+        self.direction = torch.zeros(num_envs, self.weights.shape[1])  # 1: descends the loss, -1: climbs, 0: padding
         self.module = [slice(host_size + s * MODULE_SIZE, host_size + (s + 1) * MODULE_SIZE) for s in range(SLOTS)]
         self.epoch, self.germinations, self.culls = (zeros(dtype=int) for _ in range(3))
         self.stage, self.age, self.blueprint = (zeros(SLOTS, dtype=int) for _ in range(3))  # age: epochs in this stage
@@ -363,7 +370,8 @@ class Morphogenesis(VectorEnv):
         for contrast in self.contrast:
             contrast[n] = torch.from_numpy(np.exp(varies * rng.normal(size=contrast.shape[1])))
         self.unsound[n] = rng.random(len(BLUEPRINTS)) < UNSOUND
-        for array in (self.weights, self.momentum, self.direction, self.stage, self.age, self.seed_age, self.epoch):
+        self.momentum[[n, n + self.num_envs]] = 0
+        for array in (self.weights, self.direction, self.stage, self.age, self.seed_age, self.epoch):
             array[n] = 0
         for array in (
             self.germinations,
@@ -376,6 +384,7 @@ class Morphogenesis(VectorEnv):
         ):
             array[n] = 0
         self.fill(n, 0, *(shapes_of(width, self.patch) for width in (int(self.width[n]), WIDTH)), rng)
+        self.weights[n + self.num_envs] = self.weights[n]
         for slot, blueprint in enumerate(modules):
             if blueprint >= 0:
                 self.germinate(n, slot, blueprint)
@@ -450,53 +459,54 @@ class Morphogenesis(VectorEnv):
 
     def rows(self, hosts: np.ndarray, alpha: np.ndarray, weights: Tensor) -> Rows:
         """The networks of `hosts` [R], with modules as far as alpha [R, SLOTS] says."""
-        groups = []
+        grown = []
         for slot in range(SLOTS):
-            for blueprint in range(len(BLUEPRINTS)):
-                members = np.flatnonzero((alpha[:, slot] > 0) & (self.blueprint[hosts, slot] == blueprint))
-                if len(members):
-                    groups.append((slot, blueprint, torch.from_numpy(members)))
+            blueprint = np.where(alpha[:, slot] > 0, self.blueprint[hosts, slot], len(BLUEPRINTS))
+            counts = np.bincount(blueprint, minlength=len(BLUEPRINTS) + 1)[:-1]
+            members = np.argsort(blueprint, kind="stable")[: counts.sum()]
+            grown.append((torch.from_numpy(members), counts.tolist()))
         dtype = weights.dtype
-        return Rows(weights, torch.from_numpy(self.width[hosts]).to(dtype), torch.from_numpy(alpha).to(dtype), groups)
+        return Rows(weights, torch.from_numpy(self.width[hosts]).to(dtype), torch.from_numpy(alpha).to(dtype), grown)
 
+    @torch.enable_grad()
     def train_epoch(self) -> None:
-        """SGD with momentum on every host. A seed that is TRAINING learns from a second network, its shadow: the host with
-        the module fully there and everything but the module detached."""
-        alpha, training = self.alpha(), self.stage == Stage.TRAINING
+        """SGD with momentum on every host and its twin, in which nothing grows. A seed that is TRAINING learns from a third
+        network, its shadow: the host with the module fully there and everything but the module detached."""
+        every, training = np.arange(self.num_envs), self.stage == Stage.TRAINING
         shadows = np.flatnonzero(training.any(1))
-        hosts = np.concatenate((np.arange(self.num_envs), shadows))
-        alpha = np.concatenate((alpha, np.where(training, 1.0, alpha)[shadows]))
+        hosts, alpha = np.concatenate((every, every, shadows)), self.alpha()
+        alpha = np.concatenate((alpha, 0 * alpha, np.where(training, 1.0, alpha)[shadows]))
         seeds = torch.zeros(len(shadows), self.weights.shape[1], dtype=torch.bool)  # [shadows, P] weights of the seed
         for row, n in enumerate(shadows):
             seeds[row, self.module[int(np.argmax(training[n]))]] = True
         drawn = [
-            self.subset[n][self.batches[n].integers(len(self.subset[n]), size=(MINIBATCHES, BATCH_SIZE))]
-            for n in range(self.num_envs)
+            subset[rng.integers(len(subset), size=(MINIBATCHES, BATCH_SIZE))]
+            for subset, rng in zip(self.subset, self.batches, strict=True)
         ]
-        index = torch.from_numpy(np.stack(drawn, 1))  # [MINIBATCHES, N, B]
-        learning_rate = torch.from_numpy(self.learning_rate).to(self.weights.dtype)[:, None]
+        steps = torch.from_numpy(self.learning_rate).to(self.weights.dtype)[:, None] * self.direction  # [N, P]
+        rows = self.rows(hosts, alpha, self.weights)
         total, correct = 0, 0  # [N]
-        for batch in index:
+        for batch in torch.from_numpy(np.stack(drawn, 1)):  # [N, B]
             weights = self.weights.detach().requires_grad_()
             shadow_weights = torch.where(seeds, weights[shadows], weights.detach()[shadows])
-            rows = self.rows(hosts, alpha, torch.cat((weights, shadow_weights)))
             batch = batch[hosts]  # [R, B]
-            labels = self.labels[hosts[:, None], batch]
-            logits = forward(rows, self.images.train[0][batch], self.contrast[0][hosts[:, None], batch], self.joins)
+            images, labels = self.images.train[0][batch], self.labels[hosts[:, None], batch]
+            rows = rows._replace(weights=torch.cat((weights, shadow_weights)))
+            logits = forward(rows, images, self.contrast[0][hosts[:, None], batch], self.joins)
             losses = cross_entropy(logits, labels)  # [R]
             (gradient,) = torch.autograd.grad(losses.sum(), weights)
-            self.momentum.mul_(MOMENTUM).add_(gradient * self.direction)
-            self.weights = self.weights - learning_rate * self.momentum
+            self.momentum.mul_(MOMENTUM).add_(gradient)
+            self.weights = self.weights - steps.repeat(2, 1) * self.momentum
             total = total + losses.detach()[: self.num_envs]
             correct = correct + (logits.argmax(-1) == labels).to(losses.dtype).mean(1)[: self.num_envs]
         self.reading[:, 0], self.reading[:, 1] = total / MINIBATCHES, correct / MINIBATCHES
 
     @torch.no_grad()
-    def classify(self, hosts: np.ndarray, alpha: np.ndarray, part: int) -> tuple[np.ndarray, np.ndarray]:
-        """Loss [R], and which images are classified correctly [R, n]."""
+    def classify(self, hosts: np.ndarray, alpha: np.ndarray, part: int, twins: bool = False) -> tuple[np.ndarray, ...]:
+        """On images of a part (1 validation, 2 test): loss [R], and which are classified correctly [R, n]."""
         patches, labels = self.images[part]
-        contrast = self.contrast[part][hosts]
-        logits = forward(self.rows(hosts, alpha, self.weights[hosts]), patches[None], contrast, self.joins)
+        rows = self.rows(hosts, alpha, self.weights[hosts + self.num_envs if twins else hosts])
+        logits = forward(rows, patches[None], self.contrast[part][hosts], self.joins)
         return cross_entropy(logits, labels.expand(len(hosts), -1)).numpy(), (logits.argmax(-1) == labels).numpy()
 
     def measure(self, hosts: np.ndarray) -> None:
@@ -514,6 +524,7 @@ class Morphogenesis(VectorEnv):
 
     # --- Gymnasium
 
+    @torch.inference_mode(False)  # whatever the caller's mode is
     def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         if seed is not None:
             seeds = [seed + n for n in range(self.num_envs)] if isinstance(seed, int) else seed
@@ -522,7 +533,7 @@ class Morphogenesis(VectorEnv):
             seeds = [int(rng.integers(2**31)) for rng in self.next_seed]
         modules = (options or {}).get("modules", [(-1,) * SLOTS] * self.num_envs)
         self.start(np.arange(self.num_envs), seeds, modules)
-        return self.observe(), {"action_mask": self.action_masks()}
+        return self.observe(), self.infos()
 
     def start(self, hosts: np.ndarray, seeds: list[int], modules: list[tuple[int, ...]]) -> None:
         for n, seed, blueprints in zip(hosts, seeds, modules, strict=True):
@@ -532,6 +543,7 @@ class Morphogenesis(VectorEnv):
         self.best_loss[hosts], self.best_accuracy[hosts] = self.reading[hosts, 2:].T
         self.past[hosts] = self.history_values()[hosts, None]
 
+    @torch.inference_mode(False)
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
         for n in np.flatnonzero(~self.action_masks()[np.arange(self.num_envs), actions]):
             stages = " and ".join(Stage(stage).name for stage in self.stage[n])
@@ -557,10 +569,13 @@ class Morphogenesis(VectorEnv):
         if done.any():
             ended = np.flatnonzero(done)
             infos = {"final_obs": self.observe(), "_final_obs": done, "final_info": self.final_info(ended, diverged)}
-            reward[ended] += ACCURACY * infos["final_info"]["validation_accuracy"][ended]
+            gain = infos["final_info"]["validation_accuracy"] - infos["final_info"]["bare_validation_accuracy"]
+            reward[ended] += ACCURACY * gain[ended]
             self.start(ended, [int(self.next_seed[n].integers(2**31)) for n in ended], [(-1,) * SLOTS] * len(ended))
-        infos["action_mask"] = self.action_masks()
-        return self.observe(), reward, done, np.zeros(self.num_envs, bool), infos
+        return self.observe(), reward, done, np.zeros(self.num_envs, bool), infos | self.infos()
+
+    def infos(self) -> dict[str, np.ndarray]:
+        return {"action_mask": self.action_masks(), "stage": self.stage.copy()}
 
     def pass_time(self) -> None:
         self.epoch += 1
@@ -584,12 +599,19 @@ class Morphogenesis(VectorEnv):
     def final_info(self, ended: np.ndarray, diverged: np.ndarray) -> dict[str, np.ndarray]:
         """Of the hosts that ended, without what is not permanent; zeros for the others."""
         alpha = np.where(self.stage == Stage.FOSSILIZED, 1.0, 0.0)
-        info = {"_final_info": np.isin(np.arange(self.num_envs), ended)}
+        info = {}
         for part, name in ((1, "validation"), (2, "test")):
-            correct = np.zeros((self.num_envs, len(self.images[part][1])))
-            correct[ended] = self.classify(ended, alpha[ended], part)[1]
-            correct[ended[diverged[ended]]] = 1 / CLASSES
-            info |= {f"{name}_correct": correct, f"{name}_accuracy": correct.mean(1)}
+            loss, correct = np.zeros(self.num_envs), np.zeros((self.num_envs, len(self.images[part][1])))
+            loss[ended], correct[ended] = self.classify(ended, alpha[ended], part)
+            loss[diverged], correct[diverged] = 3 * LN, 1 / CLASSES
+            bare = np.zeros(self.num_envs)
+            bare[ended] = self.classify(ended, 0 * alpha[ended], part, twins=True)[1].mean(1)
+            info |= {
+                f"{name}_loss": loss,
+                f"bare_{name}_accuracy": bare,
+                f"{name}_correct": correct,
+                f"{name}_accuracy": correct.mean(1),
+            }
         fossilized = self.stage == Stage.FOSSILIZED
         return info | {
             "modules": np.where(fossilized, self.blueprint, -1),

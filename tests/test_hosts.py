@@ -1,0 +1,482 @@
+"""Morphogenesis against slow hosts of plain torch, and its rules by brute force."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from environments import hosts
+from environments.hosts import ACTIONS, BLUEPRINTS, CULL, FOSSILIZE, GERMINATE, OBSERVATION, WAIT, Morphogenesis, Stage
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Epochs of three small minibatches."""
+    monkeypatch.setattr(hosts, "MINIBATCHES", 3)
+    monkeypatch.setattr(hosts, "BATCH_SIZE", 8)
+
+
+def random_actions(mask, rng, waiting=0.5):
+    allowed = [rng.choice(np.flatnonzero(row)) for row in mask]
+    return np.where(rng.random(len(mask)) < waiting, WAIT, allowed)
+
+
+# --- a host of plain torch
+
+
+def unpad(flat, name_shapes, wide_shapes):
+    """{name: weights without padding} of a row of the environment."""
+    parts, first = {}, 0
+    for name, shape in wide_shapes.items():
+        last = first + math.prod(shape)
+        corner = tuple(slice(0, length) for length in name_shapes[name])
+        parts[name] = flat[first:last].view(shape)[corner].clone().requires_grad_()
+        first = last
+    return parts
+
+
+class SlowModule:
+    def __init__(self, env, n, slot):
+        self.name = BLUEPRINTS[env.blueprint[n, slot]]
+        shapes = [hosts.module_shapes_of(width)[self.name] for width in (int(env.width[n]), hosts.WIDTH)]
+        self.weights = unpad(env.weights[n, env.module[slot]], *shapes)
+        self.momentum = {name: torch.zeros_like(x) for name, x in self.weights.items()}
+        self.sign = -1 if env.unsound[n, env.blueprint[n, slot]] else 1
+
+    def __call__(self, x, detach):
+        w = {name: weight.detach() if detach else weight for name, weight in self.weights.items()}
+
+        def norm(x, suffix=""):
+            z = F.layer_norm(x, x.shape[1:], eps=1e-5)
+            return z * w["scale" + suffix][:, None, None] + w["shift" + suffix][:, None, None]
+
+        def conv(x, kernel):
+            return F.conv2d(x, kernel.permute(1, 0, 2).reshape(*kernel.shape[:2][::-1], 3, 3), padding=1)
+
+        if self.name == "norm":
+            return norm(x)
+        if self.name == "attention":
+            gate = torch.sigmoid(F.relu(x.mean((2, 3)) @ w["squeeze"]) @ w["excite"])
+            return x * 2 * gate[:, :, None, None]
+        if self.name == "depthwise":
+            z = F.conv2d(x, w["depth"].view(-1, 1, 3, 3), padding=1, groups=x.shape[1])
+            return x + F.relu(norm(torch.einsum("bihw,io->bohw", z, w["point"])))
+        x = x + F.relu(norm(conv(x, w["kernel"])))
+        return x + F.relu(norm(conv(x, w["kernel_2"]), "_2")) if self.name == "conv_heavy" else x
+
+
+class SlowHost:
+    """Takes the initial weights and the data of the environment's host n, and then goes its own way."""
+
+    def __init__(self, env, n):
+        from sklearn.datasets import load_digits
+
+        pixels, labels = load_digits(return_X_y=True)
+        order = np.random.default_rng(0).permutation(len(labels))
+        pixels, labels = pixels[order].reshape(-1, 1, 8, 8), labels[order]
+        pixels = torch.tensor((pixels - pixels[:897].mean()) / pixels[:897].std()).to(torch.get_default_dtype())
+        self.train = pixels[:897], env.labels[n].clone(), env.contrast[0][n].clone()
+        self.validation = pixels[897:1257], torch.tensor(labels[897:1257]), env.contrast[1][n].clone()
+        self.subset, self.learning_rate = env.subset[n], float(env.learning_rate[n])
+        self.draws = np.random.default_rng([int(env.seeds[n]), 1])
+        shapes = [hosts.shapes_of(width, 9) for width in (int(env.width[n]), hosts.WIDTH)]
+        self.weights = unpad(env.weights[n], *shapes)
+        self.momentum = {name: torch.zeros_like(x) for name, x in self.weights.items()}
+        self.modules, self.stage, self.age, self.env, self.n = [None, None], ["DORMANT"] * 2, [0, 0], env, n
+
+    def alphas(self):
+        blend = [1 / (1 + math.exp(-8 * ((age + 1) / 6 - 0.5))) for age in self.age]
+        known = {"HOLDING": 1.0, "FOSSILIZED": 1.0}
+        return [blend[i] if stage == "BLENDING" else known.get(stage, 0.0) for i, stage in enumerate(self.stage)]
+
+    def forward(self, images, contrast, alphas, shadow=None):
+        """With `shadow`, a slot: its module in full, everything else detached."""
+        w = {name: x if shadow is None else x.detach() for name, x in self.weights.items()}
+        width = len(w["stem_bias"])
+
+        def slot(x, i):
+            alpha = 1.0 if i == shadow else alphas[i]
+            if not alpha:
+                return x
+            return x + alpha * (self.modules[i](x, detach=shadow is not None and i != shadow) - x)
+
+        x = F.conv2d(images, w["stem"].T.reshape(width, 1, 3, 3), stride=2, padding=1)
+        x = slot(F.relu(x * contrast[:, None, None, None] + w["stem_bias"][:, None, None]), 0)
+        kernel = w["kernel"].permute(1, 0, 2).reshape(width, width, 3, 3)
+        x = slot(F.relu(F.conv2d(x, kernel, w["kernel_bias"], padding=1)), 1)
+        pooled = F.avg_pool2d(x, 2).flatten(2)  # [B, W, 4]
+        return torch.einsum("bcq,qco->bo", pooled, w["head"]) + w["head_bias"]
+
+    def act(self, action):
+        name = ACTIONS[action]
+        live = [i for i in range(2) if self.stage[i] in ("GERMINATED", "TRAINING", "BLENDING", "HOLDING")]
+        if name.startswith("GERMINATE"):
+            i = self.stage.index("DORMANT")
+            self.stage[i], self.age[i], self.modules[i] = "GERMINATED", 0, "new"
+        elif name != "WAIT":
+            i, self.stage[live[0]] = live[0], {"CULL": "CULLED", "FOSSILIZE": "FOSSILIZED"}[name]
+            self.age[i] = 0
+
+    def epoch(self):
+        for index in self.draws.integers(len(self.subset), size=(hosts.MINIBATCHES, hosts.BATCH_SIZE)):
+            images, labels, contrast = (x[self.subset[index]] for x in self.train)
+            F.cross_entropy(self.forward(images, contrast, self.alphas()), labels).backward()
+            if "TRAINING" in self.stage:
+                slot = self.stage.index("TRAINING")
+                F.cross_entropy(self.forward(images, contrast, self.alphas(), slot), labels).backward()
+            for part, sign in [(self, 1)] + [(module, module.sign) for module in self.modules if module]:
+                for name, weight in part.weights.items():
+                    if weight.grad is None:
+                        continue
+                    part.momentum[name] = 0.9 * part.momentum[name] + sign * weight.grad
+                    weight.data -= self.learning_rate * part.momentum[name]
+                    weight.grad = None
+        for i, stage in enumerate(self.stage):
+            self.age[i] += 1
+            epochs, following = {
+                "GERMINATED": (1, "TRAINING"),
+                "TRAINING": (2, "BLENDING"),
+                "BLENDING": (5, "HOLDING"),
+                "CULLED": (1, "EMBARGOED"),
+                "EMBARGOED": (3, "DORMANT"),
+            }.get(stage, (99, None))
+            if self.age[i] >= epochs:
+                self.stage[i], self.age[i] = following, 0
+
+    @torch.no_grad()
+    def loss(self, alphas):
+        images, labels, contrast = self.validation
+        return F.cross_entropy(self.forward(images, contrast, alphas), labels).item()
+
+    def contribution(self):
+        alphas, other = self.alphas(), self.alphas()
+        for i, stage in enumerate(self.stage):
+            if stage in ("BLENDING", "HOLDING"):
+                other[i] = 0.0
+                return self.loss(other) - self.loss(alphas)
+            if stage == "TRAINING":
+                other[i] = 1.0
+                return self.loss(alphas) - self.loss(other)
+        return 0.0
+
+
+def assert_same_weights(env, n, slow, atol):
+    shapes = hosts.shapes_of(slow.weights["stem_bias"].numel(), 9), hosts.shapes_of(hosts.WIDTH, 9)
+    for name, x in unpad(env.weights[n], *shapes).items():
+        torch.testing.assert_close(x, slow.weights[name], atol=atol, rtol=0)
+    for slot, module in enumerate(slow.modules):
+        if module and slow.stage[slot] not in ("CULLED", "EMBARGOED", "DORMANT"):
+            for name, x in SlowModule(env, n, slot).weights.items():
+                torch.testing.assert_close(x, module.weights[name], atol=atol, rtol=0)
+
+
+def test_hosts_train_as_plain_torch_does(float64, few):
+    """25 epochs of mixed widths, subsets, stages and blueprints; weights, losses and contributions."""
+    env, rng = Morphogenesis(8), np.random.default_rng(1)
+    _, infos = env.reset(seed=5)
+    slow = [SlowHost(env, n) for n in range(8)]
+    seen = set()
+    for _ in range(24):
+        actions = random_actions(infos["action_mask"], rng, waiting=0.6)
+        actions = np.where((actions == CULL) & (rng.random(8) < 0.7), WAIT, actions)
+        before = copy.deepcopy(env)
+        for n, action in enumerate(actions):
+            slow[n].act(action)
+            if GERMINATE <= action < FOSSILIZE:
+                before.act(n, action)
+                slot = slow[n].modules.index("new")
+                slow[n].modules[slot] = SlowModule(before, n, slot)
+                seen.add(BLUEPRINTS[before.blueprint[n, slot]])
+            slow[n].epoch()
+        _, _, _, _, infos = env.step(actions)
+        for n in range(8):
+            assert [stage.name for stage in map(Stage, infos["stage"][n])] == slow[n].stage
+            assert_same_weights(env, n, slow[n], 1e-9)
+            assert env.reading[n, 2] == pytest.approx(slow[n].loss(slow[n].alphas()), abs=1e-9)
+            assert env.contribution[n] == pytest.approx(np.clip(slow[n].contribution(), -hosts.LN, hosts.LN), abs=1e-9)
+    assert len(set(env.width)) == 3 and len(seen) == 5 and env.unsound.any()
+
+
+def play(num_envs, seeds, plan, steps=24):
+    env = Morphogenesis(num_envs)
+    env.reset(seed=seeds)
+    for actions in plan[:steps]:
+        env.step(actions)
+    return env
+
+
+def recorded_plan(seeds, steps=24):
+    """Random legal actions [steps, N]."""
+    env, rng, plan = Morphogenesis(len(seeds)), np.random.default_rng(0), []
+    _, infos = env.reset(seed=seeds)
+    for _ in range(steps):
+        plan.append(random_actions(infos["action_mask"], rng, waiting=0.8))
+        _, _, _, _, infos = env.step(plan[-1])
+    return np.array(plan)
+
+
+def test_a_host_among_others_is_the_host_alone(float64, few):
+    seeds = [3, 14, 15, 92, 65]
+    plan = recorded_plan(seeds)
+    together = play(5, seeds, plan)
+    for n, seed in enumerate(seeds):
+        alone = play(1, [seed], plan[:, n : n + 1])
+        torch.testing.assert_close(together.weights[n], alone.weights[0], atol=1e-9, rtol=0)
+        np.testing.assert_allclose(together.reading[n], alone.reading[0], atol=1e-9)
+
+
+def test_a_host_among_others_in_float32(monkeypatch):
+    """Five minibatches in every stage; after that, ties in ReLU amplify the rounding."""
+    monkeypatch.setattr(hosts, "MINIBATCHES", 5)
+    seeds, stages = [3, 14, 15, 92, 65, 35], [0, 1, 2, 3, 4, 5]
+
+    def one_epoch(seeds, stages):
+        env = Morphogenesis(len(seeds))
+        env.reset(seed=seeds)
+        for n, stage in enumerate(stages):
+            if stage:
+                env.germinate(n, 0, stage - 1)
+                env.stage[n, 0] = stage
+        env.train_epoch()
+        return env.weights
+
+    together = one_epoch(seeds, stages)
+    for n in range(6):
+        alone = one_epoch(seeds[n : n + 1], stages[n : n + 1])[0]
+        torch.testing.assert_close(together[n], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_training_seed_leaves_no_bit_of_the_host_changed():
+    envs = [Morphogenesis(6), Morphogenesis(6)]
+    for env in envs:
+        env.reset(seed=3)
+    grow = np.array([WAIT, *range(GERMINATE, FOSSILIZE)])
+    for actions in (grow, 0 * grow, 0 * grow):
+        for env, chosen in zip(envs, (actions, 0 * actions), strict=True):
+            env.step(chosen)
+    grown, bare = envs
+    own = grown.module[0].start
+    assert (grown.stage[1:, 0] == Stage.BLENDING).all()
+    assert torch.equal(grown.weights[:, :own], bare.weights[:, :own])  # the twins' too
+    assert torch.equal(grown.weights[:6, :own], grown.weights[6:, :own])
+    fresh = Morphogenesis(6)
+    fresh.reset(seed=3)
+    fresh.step(grow)
+    learnt = (grown.weights - fresh.weights)[1:6, grown.module[0]].abs().sum(1)
+    assert (learnt > 0).all()
+
+
+def test_a_diverging_host_harms_no_other(few):
+    plan = np.zeros((6, 4), int)
+    plan[0] = GERMINATE
+    healthy = play(4, [1, 2, 3, 4], plan, 6)
+    env = Morphogenesis(4)
+    env.reset(seed=[1, 2, 3, 4])
+    ended = []
+    for t, actions in enumerate(plan):
+        if t == 2:
+            env.weights[1] = 1e30
+        actions = np.where(env.action_masks()[np.arange(4), actions], actions, WAIT)
+        obs, reward, terminated, truncated, infos = env.step(actions)
+        assert np.isfinite(obs).all() and np.isfinite(reward).all() and not truncated.any()
+        ended.append(terminated.tolist())
+        if terminated.any():
+            assert infos["final_info"]["diverged"].tolist() == [False, True, False, False]
+            assert infos["final_info"]["test_accuracy"][1] == pytest.approx(0.1)
+            assert np.isfinite(infos["final_obs"]).all() and env.epoch[1] == 0
+    assert ended[2] == [False, True, False, False] and not np.array(ended)[[0, 1, 3, 4, 5]].any()
+    for n in (0, 2, 3):
+        assert torch.equal(env.weights[n], healthy.weights[n])
+
+
+# --- rules
+
+EDGES = {
+    ("DORMANT", "GERMINATED"),
+    ("GERMINATED", "TRAINING"),
+    ("TRAINING", "BLENDING"),
+    ("BLENDING", "HOLDING"),
+    ("HOLDING", "FOSSILIZED"),
+    ("GERMINATED", "CULLED"),
+    ("TRAINING", "CULLED"),
+    ("BLENDING", "CULLED"),
+    ("HOLDING", "CULLED"),
+    ("CULLED", "EMBARGOED"),
+    ("EMBARGOED", "DORMANT"),
+}
+
+
+def test_the_table_of_transitions_is_the_lifecycle():
+    by_action = {(old.name, new.name) for (old, _), new in hosts.BY_ACTION.items()}
+    by_time = {(old.name, new.name) for old, (_, new) in hosts.BY_TIME.items()}
+    assert by_action | by_time == EDGES and not by_action & by_time
+
+
+def allowed_by_hand(stages, seed_age):
+    live = [stage for stage in stages if stage in ("GERMINATED", "TRAINING", "BLENDING", "HOLDING")]
+    grow = not live and "DORMANT" in stages
+    return [True, *[grow] * 5, live == ["HOLDING"], bool(live) and seed_age >= 1]
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(0, 2**20))
+def test_random_lives_follow_the_rules(seed):
+    rng, patch = np.random.default_rng(seed), pytest.MonkeyPatch()
+    patch.setattr(hosts, "MINIBATCHES", 1)
+    patch.setattr(hosts, "BATCH_SIZE", 2)
+    env = Morphogenesis(16)
+    obs, infos = env.reset(seed=seed)
+    names, order = np.array([stage.name for stage in Stage]), list(OBSERVATION)
+    since = np.zeros(16, int)
+    for _ in range(26):
+        stages = names[infos["stage"]]
+        for n in range(16):
+            assert infos["action_mask"][n].tolist() == allowed_by_hand(stages[n].tolist(), since[n])
+            assert sum(stage in ("GERMINATED", "TRAINING", "BLENDING", "HOLDING") for stage in stages[n]) <= 1
+        assert obs in env.observation_space
+        np.testing.assert_allclose(obs[:, order.index("free_slots")], (stages == "DORMANT").mean(1))
+        np.testing.assert_allclose(obs[:, order.index("holding")], (stages == "HOLDING").any(1))
+        actions = random_actions(infos["action_mask"], rng)
+        obs, _, done, _, infos = env.step(actions)
+        since = np.where((actions >= GERMINATE) & (actions < FOSSILIZE), 1, since + 1)
+        after = names[infos["stage"]]
+        for n in np.flatnonzero(~done):
+            for old, new in zip(stages[n], after[n], strict=True):
+                # an action and the epoch behind it may both move a stage
+                two = any((old, middle) in EDGES and (middle, new) in EDGES for middle in names)
+                assert old == new or (old, new) in EDGES or two
+                assert old != "FOSSILIZED" or new == "FOSSILIZED"
+        since[done] = 0
+    patch.undo()
+
+
+def test_illegal_actions_name_the_environment(few):
+    env = Morphogenesis(2)
+    env.reset(seed=0)
+    for actions in ([WAIT, CULL], [WAIT, FOSSILIZE]):
+        with pytest.raises(ValueError, match=r"environment 1: .* is not allowed with slots DORMANT and DORMANT"):
+            env.step(np.array(actions))
+    env.step(np.array([GERMINATE, WAIT]))
+    with pytest.raises(ValueError, match="environment 0: GERMINATE_CONV_LIGHT"):
+        env.step(np.array([GERMINATE + 3, WAIT]))
+    for _ in range(7):
+        env.step(np.array([WAIT, WAIT]))
+    env.step(np.array([FOSSILIZE, WAIT]))
+    assert env.stage[0, 0] == Stage.FOSSILIZED
+    with pytest.raises(ValueError, match="environment 0: CULL is not allowed with slots FOSSILIZED"):
+        env.step(np.array([CULL, WAIT]))
+
+
+@pytest.mark.parametrize("diverge", [False, True])
+def test_shaping_telescopes(few, monkeypatch, diverge):
+    for name in ("ACCURACY", "CONTRIBUTION", "RENT", "INTERVENTION"):
+        monkeypatch.setattr(hosts, name, 0.0)
+    env, rng = Morphogenesis(6, gamma=0.9), np.random.default_rng(0)
+    modules = [(-1, -1), (0, -1), (3, 2), (-1, -1), (4, -1), (-1, -1)]
+    _, infos = env.reset(seed=3, options={"modules": modules})
+    first, total, running = env.potential.copy(), np.zeros(6), np.ones(6, bool)
+    assert first.tolist() == [0.05 * sum(blueprint >= 0 for blueprint in slots) for slots in modules]
+    for t in range(25):
+        if diverge and t == 9:
+            env.weights[:3] = torch.nan
+        _, reward, done, _, infos = env.step(random_actions(infos["action_mask"], rng, waiting=0.8))
+        total += 0.9**t * reward * running
+        running &= ~done
+        assert running[:3].any() == (not diverge or t < 9) or t == 24
+    np.testing.assert_allclose(total, -first, atol=1e-12)
+
+
+def test_reward_by_hand(few, monkeypatch):
+    """Contribution is paid as it changes, kept by fossilising, taken back by culling and at the end."""
+    monkeypatch.setattr(hosts, "POTENTIAL", 0.0)
+    env = Morphogenesis(3)
+    env.reset(seed=8)
+    plan = np.zeros((25, 3), int)
+    plan[0], plan[8, 0], plan[10, 1] = [GERMINATE + 3] * 3, FOSSILIZE, CULL
+    paid = np.zeros(3)
+    for t, actions in enumerate(plan):
+        ratio_before, level_before = env.parameter_ratio(), env.paid.copy()
+        _, reward, done, _, infos = env.step(actions)
+        level = np.where(np.isin(infos["stage"][:, 0], (Stage.BLENDING, Stage.HOLDING)), env.contribution, 0.0)
+        final = np.zeros(3)
+        if done.all():
+            level[:] = 0
+            final = infos["final_info"]["validation_accuracy"] - infos["final_info"]["bare_validation_accuracy"]
+        change = level - np.where(actions == FOSSILIZE, 0, level_before)
+        paid += change
+        ratio = infos["final_info"]["parameter_ratio"] if done.all() else env.parameter_ratio()
+        expected = 10 * final + 0.1 * change - 0.003 * ratio - 0.01 * (actions != WAIT)
+        np.testing.assert_allclose(reward, expected, atol=1e-12)
+        if t == 8:
+            earned = level_before[0]
+    assert ratio_before.min() >= 0
+    np.testing.assert_allclose(paid, [earned, 0, 0], atol=1e-12)
+
+
+def test_what_is_not_permanent_is_lost_at_the_end(few):
+    env = Morphogenesis(2)
+    env.reset(seed=[8, 8])
+    twin = Morphogenesis(2)
+    twin.reset(seed=[8, 8])
+    for t in range(25):
+        last = copy.deepcopy(env)
+        # both grow and hold; the second makes its module permanent
+        _, _, _, _, infos = env.step(
+            np.array([[GERMINATE + 4, GERMINATE + 4], [WAIT, FOSSILIZE]][t > 0] if t in (0, 8) else [WAIT, WAIT])
+        )
+    last.train_epoch()
+    images, labels = last.images.test
+    for n, alpha in enumerate([[0, 0], [1, 0]]):
+        _, correct = last.classify(np.array([n]), np.array([alpha], float), 2)
+        np.testing.assert_array_equal(infos["final_info"]["test_correct"][n], correct[0])
+    assert infos["final_info"]["modules"].tolist() == [[-1, -1], [4, -1]]
+    assert len(images) == len(labels) == 540
+
+
+def test_a_seed_determines_everything_but_the_actions(few):
+    plan = np.zeros((5, 2), int)
+    for seeds in ([7, 8], [8, 7]):
+        env = play(2, seeds, plan, 5)
+        other = play(1, [7], plan[:, :1], 5)
+        n = seeds.index(7)
+        np.testing.assert_allclose(env.reading[n], other.reading[0], atol=1e-5)
+        assert env.width[n] == other.width[0] and (env.unsound[n] == other.unsound[0]).all()
+
+
+def test_history_repeats_the_last_values(few):
+    env = Morphogenesis(2, history=5)
+    obs, _ = env.reset(seed=1)
+    order, seen = list(OBSERVATION), [obs]
+    assert obs.shape == (2, len(OBSERVATION) + 20)
+    for t in range(7):
+        obs, *_ = env.step(np.full(2, GERMINATE if t == 0 else WAIT))
+        seen.append(obs)
+    columns = [order.index(name) for name in hosts.HISTORY]
+    expected = np.concatenate([past[:, columns] for past in seen[-5:]], 1)
+    np.testing.assert_array_equal(obs[:, len(OBSERVATION) :], expected)
+
+
+def test_cifar10_hosts(few, monkeypatch):
+    from environments import cifar10
+
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (300, 3, 32, 32)).astype(np.uint8)
+    labels = rng.integers(0, 10, 300)
+    monkeypatch.setattr(cifar10, "load", lambda data_dir: (images[:250], labels[:250], images[250:], labels[250:]))
+    env = Morphogenesis(2, dataset="cifar10")
+    obs, _ = env.reset(seed=0)
+    obs, reward, *_ = env.step(np.array([GERMINATE + 4, WAIT]))
+    assert obs in env.observation_space and np.isfinite(reward).all()
+    assert [len(labels) for _, labels in env.images] == [225, 25, 50] and env.images.train[0].shape == (225, 64, 75)
