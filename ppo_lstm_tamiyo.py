@@ -168,20 +168,17 @@ def check(args: Args) -> None:
     need(args.num_minibatches <= args.num_envs, "--num-minibatches must not exceed --num-envs")
     exclusive = [args.resume, args.init_from, args.evaluate]
     need(sum(map(bool, exclusive)) <= 1, "--resume, --init-from and --evaluate exclude each other")
-    needs_agent = args.policy in ("learned", "static")
-    need(args.policy == "learned" or not (args.resume or args.init_from), f"--policy {args.policy} does not train")
+    fixed = args.policy != "learned"
+    need(not fixed or not (args.resume or args.init_from), f"--policy {args.policy} does not train")
     need(args.policy != "static" or args.evaluate, "--policy static needs --evaluate: it copies what that policy grows")
     try:
         envs = make_envs(args, 1)
-        names, space = entry_names(envs.single_observation_space), envs.single_action_space
+        space = envs.single_action_space
         envs.close()
     except Exception as error:
         raise InputError(f"{args.env_id}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     need(isinstance(space, Discrete), f"{args.env_id}: no support for actions in {space}")
-    need(
-        needs_agent or names[0] == "epoch" or len(names) >= len(OBSERVATION),
-        f"--policy {args.policy} is for hosts only",
-    )
+    need(not fixed or isinstance(envs, Morphogenesis), f"--policy {args.policy} is for Morphogenesis only")
 
 
 # --- environment
@@ -193,7 +190,7 @@ def make_envs(args: Args, num_envs: int) -> VectorEnv:
     module, _, name = args.env_id.rpartition(":")
     if module:
         importlib.import_module(module)
-    if gym.spec(name).vector_entry_point:
+    if name == "Morphogenesis-v0":
         images = {"dataset": args.dataset, "data_dir": args.data_dir, "gamma": args.gamma}
         return gym.make_vec(name, num_envs, **images | kwargs)
     same_step = {"autoreset_mode": AutoresetMode.SAME_STEP, "copy": False}
@@ -267,6 +264,7 @@ class Agent(nn.Module):
             self.mlp = nn.Sequential(init_linear(256, self.hidden_size, gain=math.sqrt(2)), nn.ReLU())
         self.norm = nn.LayerNorm(self.hidden_size) if args.lstm_layer_norm else nn.Identity()
         self.actor = self.head(int(action_space.n), gain=0.01)
+        nn.init.constant_(self.actor[-1].bias[:1], 3.0)  # WAIT: equal chances would cull almost every seed before it has grown
         self.critic = self.head(1, gain=1.0)
 
     def head(self, outputs: int, gain: float) -> nn.Sequential:

@@ -105,7 +105,7 @@ OBSERVATION = {  # name: range
 HISTORY = ("train_loss", "validation_loss", "validation_accuracy", "contribution")  # repeated by `history`
 
 ACCURACY = 10.0  # reward for what was gained in final accuracy on the validation images
-CONTRIBUTION = 0.1  # … for the change of the seed's contribution to the validation loss, per nat
+CONTRIBUTION = 0.5  # … for the change of the seed's contribution to the validation loss, per nat
 RENT = 0.003  # cost of an epoch, times the parameter ratio
 INTERVENTION = 0.01  # cost of any action but WAIT
 POTENTIAL = 0.05  # shaping: of a seed that is HOLDING; earlier stages have a share of it

@@ -9,7 +9,11 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-SIGNS = {"ppo_lstm_predictor.py": "class Predictor(", "sequence_ppo_selfplay.py": "class Sequences:"}  # only there
+SIGNS = {  # found there only
+    "ppo_lstm_predictor.py": "class Predictor(",
+    "ppo_lstm_tamiyo.py": "def cull_outcomes(",
+    "sequence_ppo_selfplay.py": "class Sequences:",
+}
 
 
 def pytest_addoption(parser):
@@ -50,3 +54,13 @@ def selfplay_path(request) -> Path:
 @pytest.fixture(scope="session")
 def selfplay(selfplay_path):
     return module_of(selfplay_path)
+
+
+@pytest.fixture(scope="session")
+def tamiyo_path(request) -> Path:
+    return path_of(request, "ppo_lstm_tamiyo.py")
+
+
+@pytest.fixture(scope="session")
+def tamiyo(tamiyo_path):
+    return module_of(tamiyo_path)

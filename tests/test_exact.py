@@ -48,8 +48,8 @@ def reference_loss(agent, rollout, space, args):
                 state = rollout.state[t, n][None]
             age += 1
             mask = None if rollout.action_mask is None else rollout.action_mask[t, n][None]
-            _, params, value, state = agent.step(rollout.obs[t, n][None], state, mask)
-            action = rollout.action[t, n]
+            *_, params, value, state = agent.step(rollout.obs[t, n][None], state, mask)
+            action = rollout.action[t, n].reshape(-1)
             if isinstance(space, Box):
                 mean, log_std = params[0].chunk(2)
                 parts, choices = [Normal(mean, log_std.exp())], [action]

@@ -417,7 +417,7 @@ def test_reward_by_hand(few, monkeypatch):
         change = level - np.where(actions == FOSSILIZE, 0, level_before)
         paid += change
         ratio = infos["final_info"]["parameter_ratio"] if done.all() else env.parameter_ratio()
-        expected = 10 * final + 0.1 * change - 0.003 * ratio - 0.01 * (actions != WAIT)
+        expected = 10 * final + 0.5 * change - 0.003 * ratio - 0.01 * (actions != WAIT)
         np.testing.assert_allclose(reward, expected, atol=1e-12)
         if t == 8:
             earned = level_before[0]
