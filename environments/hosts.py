@@ -38,11 +38,11 @@ CLASSES = 10
 LN = math.log(CLASSES)  # the loss of guessing
 
 # what an episode draws
-LEARNING_RATES = (0.01, 0.05)  # log-uniform
-SMALLEST_SUBSET = 100  # training images: log-uniform between this and all
-LABEL_NOISE = 0.4  # half the hosts have up to this share of random labels
-CONTRAST = 1.0  # half the hosts see images multiplied by exp(CONTRAST * N(0, 1))
-UNSOUND = 0.5  # probability for each blueprint
+LEARNING_RATES = (0.005, 0.02)  # log-uniform
+SMALLEST_SUBSET = 200  # training images: log-uniform between this and all
+LABEL_NOISE = 0.2  # half the hosts have up to this share of random labels
+CONTRAST = 1.2  # half the hosts see images multiplied by exp(CONTRAST * N(0, 1))
+UNSOUND, UNSOUND_STEP = 0.4, 0.2  # probability for each blueprint; how fast its modules climb the loss
 
 
 class Stage(IntEnum):
@@ -105,7 +105,7 @@ OBSERVATION = {  # name: range
 HISTORY = ("train_loss", "validation_loss", "validation_accuracy", "contribution")  # repeated by `history`
 
 ACCURACY = 10.0  # reward for what was gained in final accuracy on the validation images
-CONTRIBUTION = 0.5  # … for the change of the seed's contribution to the validation loss, per nat
+CONTRIBUTION = 0.3  # … for the change of the seed's contribution to the validation loss, per nat
 RENT = 0.003  # cost of an epoch, times the parameter ratio
 INTERVENTION = 0.01  # cost of any action but WAIT
 POTENTIAL = 0.05  # shaping: of a seed that is HOLDING; earlier stages have a share of it
@@ -342,7 +342,7 @@ class Morphogenesis(VectorEnv):
         # where it stands
         host_size = size(shapes_of(WIDTH, self.patch))
         self.weights, self.momentum = torch.zeros(2, 2 * num_envs, host_size + SLOTS * MODULE_SIZE)  # then the twins'
-        self.direction = torch.zeros(num_envs, self.weights.shape[1])  # 1: descends the loss, -1: climbs, 0: padding
+        self.direction = torch.zeros(num_envs, self.weights.shape[1])  # step size: 1, 0 for padding, below 0 to climb
         self.module = [slice(host_size + s * MODULE_SIZE, host_size + (s + 1) * MODULE_SIZE) for s in range(SLOTS)]
         self.epoch, self.germinations, self.culls = (zeros(dtype=int) for _ in range(3))
         self.stage, self.age, self.blueprint = (zeros(SLOTS, dtype=int) for _ in range(3))  # age: epochs in this stage
@@ -417,7 +417,7 @@ class Morphogenesis(VectorEnv):
         shapes = (module_shapes_of(width)[BLUEPRINTS[blueprint]] for width in (int(self.width[n]), WIDTH))
         self.fill(n, self.module[slot].start, *shapes, rng)
         if self.unsound[n, blueprint]:
-            self.direction[n, self.module[slot]] *= -1
+            self.direction[n, self.module[slot]] *= -UNSOUND_STEP
         self.blueprint[n, slot] = blueprint
         self.seed_age[n], self.loss_at_germination[n] = 0, self.reading[n, 2]
 
@@ -452,7 +452,7 @@ class Morphogenesis(VectorEnv):
         """[N] parameters of all modules that live or are permanent / parameters of the host."""
         host = self.direction[:, : self.module[0].start].sum(1).numpy()
         held = np.isin(self.stage, (*LIVE, Stage.FOSSILIZED))
-        modules = np.stack([self.direction[:, part].abs().sum(1).numpy() for part in self.module], 1)
+        modules = np.stack([(self.direction[:, part] != 0).sum(1).numpy() for part in self.module], 1)
         return (modules * held).sum(1) / host
 
     # --- computation

@@ -53,7 +53,7 @@ class SlowModule:
         shapes = [hosts.module_shapes_of(width)[self.name] for width in (int(env.width[n]), hosts.WIDTH)]
         self.weights = unpad(env.weights[n, env.module[slot]], *shapes)
         self.momentum = {name: torch.zeros_like(x) for name, x in self.weights.items()}
-        self.sign = -1 if env.unsound[n, env.blueprint[n, slot]] else 1
+        self.sign = -0.2 if env.unsound[n, env.blueprint[n, slot]] else 1
 
     def __call__(self, x, detach):
         w = {name: weight.detach() if detach else weight for name, weight in self.weights.items()}
@@ -140,8 +140,8 @@ class SlowHost:
                 for name, weight in part.weights.items():
                     if weight.grad is None:
                         continue
-                    part.momentum[name] = 0.9 * part.momentum[name] + sign * weight.grad
-                    weight.data -= self.learning_rate * part.momentum[name]
+                    part.momentum[name] = 0.9 * part.momentum[name] + weight.grad
+                    weight.data -= sign * self.learning_rate * part.momentum[name]
                     weight.grad = None
         for i, stage in enumerate(self.stage):
             self.age[i] += 1
@@ -417,7 +417,7 @@ def test_reward_by_hand(few, monkeypatch):
         change = level - np.where(actions == FOSSILIZE, 0, level_before)
         paid += change
         ratio = infos["final_info"]["parameter_ratio"] if done.all() else env.parameter_ratio()
-        expected = 10 * final + 0.5 * change - 0.003 * ratio - 0.01 * (actions != WAIT)
+        expected = 10 * final + 0.3 * change - 0.003 * ratio - 0.01 * (actions != WAIT)
         np.testing.assert_allclose(reward, expected, atol=1e-12)
         if t == 8:
             earned = level_before[0]
