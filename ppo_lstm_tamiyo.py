@@ -80,7 +80,7 @@ class Args:
     policy: Literal["learned", "never", "random", "always", "schedule", "heuristic", "static"] = "learned"
     """what `--evaluate` plays (`never` to `heuristic` need no checkpoint); static: the modules that the learned policy ends
     with, there from the start"""
-    eval_episodes: int = 128
+    eval_episodes: int = 64
     """hosts of each evaluation, none of them trained on"""
     eval_deterministic: bool = True
     """evaluate with the most likely action instead of a sampled one"""
@@ -96,8 +96,8 @@ class Args:
     """folder of CIFAR-10's binary archive, which is downloaded if it is not there"""
 
     # --- PPO
-    total_timesteps: int = 160_000
-    """epochs of hosts to train for, over all hosts and processes; an episode has 25"""
+    total_timesteps: int = 51_200
+    """epochs of hosts to train for, over all hosts and processes; a host has 25"""
     learning_rate: float = 1e-3
     """Adam's step size"""
     num_envs: int = 64
@@ -112,7 +112,7 @@ class Args:
     """lambda of generalised advantage estimation"""
     num_minibatches: int = 4
     """minibatches per epoch; at most num_envs"""
-    update_epochs: int = 4
+    update_epochs: int = 8
     """passes over each rollout"""
     norm_adv: bool = True
     """normalise the advantages of each rollout"""
@@ -120,7 +120,7 @@ class Args:
     """clip range of the probability ratio"""
     clip_vloss: bool = False
     """clip the value loss with clip_coef too (values are in units of the returns' standard deviation)"""
-    ent_coef: float = 0.02
+    ent_coef: float = 0.003
     """weight of the entropy bonus"""
     vf_coef: float = 0.5
     """weight of the value loss"""
@@ -652,7 +652,7 @@ def evaluate(agent: Agent | None, args: Args, policy: str = "learned", reset_eve
     return play(args, seeds, learned if policy == "learned" else fixed, modules)
 
 
-def cull_outcomes(args: Args, episodes: Episodes, most: int = 256) -> np.ndarray:
+def cull_outcomes(args: Args, episodes: Episodes, most: int = 100) -> np.ndarray:
     """For each cull of evaluated episodes (`most` of them at random): is the host better off for it [C] bool? The host is
     trained twice more up to the cull, with the same data in the same order. Then one loses the seed and the other keeps it,
     permanently as soon as that is allowed, and nothing else is done. Better is the higher accuracy on the test images, or

@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import ppo_lstm_tamiyo as tamiyo  # noqa: E402
 
-SEEDS, HOSTS, STEPS = range(1, 6), 256, 80_000
+SEEDS, HOSTS, STEPS = range(1, 6), 200, 51_200
 CONTROLLERS = {  # label: flags
     "LSTM": [],
     "MLP": ["--no-recurrent"],
@@ -61,7 +61,7 @@ def steps_of(label: str, seed: int) -> int:
 def train_one(label: str, seed: int) -> None:
     if steps_of(label, seed) >= STEPS:
         return
-    flags = ["--seed", str(seed), "--runs-dir", str(folder(label, seed)), "--eval-episodes", "64", *CONTROLLERS[label]]
+    flags = ["--seed", str(seed), "--runs-dir", str(folder(label, seed)), "--eval-episodes", "16", *CONTROLLERS[label]]
     if run := run_of(label, seed):
         flags = ["--resume", str(run)]
     command = [sys.executable, "ppo_lstm_tamiyo.py", "--total-timesteps", str(STEPS), *flags]
