@@ -3,13 +3,13 @@ whether to grow a module, make it permanent, or remove it.
 
 The data goes one way, and each stage has one place below:
 
-    Morphogenesis.step (an epoch of N hosts) -> Agent.step (one LSTM cell, no gradients) -> Rollout [T, N] (states before)
+    Morphogenesis.step (an epoch of N hosts) -> Agent.step (one LSTM cell, no gradients) -> Rollout [T, N]
     Rollout -> gae -> advantages, returns [T, N]
-    Rollout -> cut_segments at episode ends and every bptt_length epochs -> minibatches of them, as rows [L, S]
-    rows -> Agent.unroll (one LSTM call) -> logits, values -> ppo_loss -> optimizer
+    Rollout -> cut_segments at episode ends and every bptt_length epochs -> minibatches of them, as columns [L, S]
+    segments -> Agent.unroll (one LSTM call) -> logits, values -> ppo_loss -> optimizer
 
-The hosts are in environments/hosts.py. PPO is Schulman et al. 2017, arXiv 1707.06347; the controller and the lifecycle of
-its modules follow github.com/tachyon-beep/esper-lite. Numbers such as `detail 5` refer to docs/ppo_lstm_tamiyo.md.
+The hosts are in environments/hosts.py. PPO is Schulman et al. 2017, arXiv 1707.06347; the controller and the lifecycle
+of its modules follow github.com/tachyon-beep/esper-lite. Numbers such as `detail 5` refer to docs/ppo_lstm_tamiyo.md.
 """
 
 import importlib
@@ -78,8 +78,8 @@ class Args:
     evaluate: str | None = None
     """a checkpoint to evaluate, with its arguments unless others are given; no training"""
     policy: Literal["learned", "never", "random", "always", "schedule", "heuristic", "static"] = "learned"
-    """what `--evaluate` plays (`never` to `heuristic` need no checkpoint); static: the modules that the learned policy ends
-    with, there from the start"""
+    """what `--evaluate` plays (`never` to `heuristic` need no checkpoint); static: the modules that the learned policy
+    ends with, there from the start"""
     eval_episodes: int = 64
     """hosts of each evaluation, none of them trained on"""
     eval_deterministic: bool = True
@@ -264,7 +264,9 @@ class Agent(nn.Module):
             self.mlp = nn.Sequential(init_linear(256, self.hidden_size, gain=math.sqrt(2)), nn.ReLU())
         self.norm = nn.LayerNorm(self.hidden_size) if args.lstm_layer_norm else nn.Identity()
         self.actor = self.head(int(action_space.n), gain=0.01)
-        nn.init.constant_(self.actor[-1].bias[:1], 3.0)  # WAIT: equal chances would cull almost every seed before it has grown
+        nn.init.constant_(
+            self.actor[-1].bias[:1], 3.0
+        )  # WAIT: equal chances would cull nearly every seed before it grows
         self.critic = self.head(1, gain=1.0)
 
     def head(self, outputs: int, gain: float) -> nn.Sequential:
@@ -459,8 +461,8 @@ class Segments(NamedTuple):
 
 
 def cut_segments(start: Tensor, bptt_length: int) -> Segments:
-    """Cuts a rollout at its first row, where the state is zero (`start` [T, N] bool) and every `bptt_length` steps between
-    (0 = never) (detail 1)."""
+    """Cuts a rollout at its first row, where the state is zero (`start` [T, N] bool) and every `bptt_length` steps
+    between (0 = never) (detail 1)."""
     num_steps, num_envs = start.shape
     time = torch.arange(num_steps, device=start.device)[:, None]  # [T, 1]
     cut = start | (time == 0)
@@ -653,10 +655,10 @@ def evaluate(agent: Agent | None, args: Args, policy: str = "learned", reset_eve
 
 
 def cull_outcomes(args: Args, episodes: Episodes, most: int = 100) -> np.ndarray:
-    """For each cull of evaluated episodes (`most` of them at random): is the host better off for it [C] bool? The host is
-    trained twice more up to the cull, with the same data in the same order. Then one loses the seed and the other keeps it,
-    permanently as soon as that is allowed, and nothing else is done. Better is the higher accuracy on the test images, or
-    the lower loss if that is the same (detail 12)."""
+    """For each cull of evaluated episodes (`most` of them at random): is the host better off for it [C] bool? The host
+    is trained twice more up to the cull, with the same data in the same order. Then one loses the seed and the other
+    keeps it, permanently as soon as that is allowed, and nothing else is done. Better is the higher accuracy on the
+    test images, or the lower loss if that is the same (detail 12)."""
     culls = np.argwhere(episodes.actions == CULL)  # [C, 2] episode, step
     culls = np.random.default_rng(args.seed).permutation(culls)[:most]
     plans, keeps = episodes.actions[culls[:, 0]].repeat(2, 0), np.arange(2 * len(culls)) % 2 == 1  # [2 C, T], [2 C]

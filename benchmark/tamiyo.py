@@ -131,32 +131,43 @@ def load_evaluations() -> dict[str, dict[int, dict]]:
     return rows
 
 
-def resampled(rows: list[dict], value: str, rng: np.random.Generator, draws: int) -> np.ndarray:
-    """Bootstrap means [draws]: resamples controllers; hosts and test images as `rng` says, the same for every row."""
-    own = np.random.default_rng(len(rows))
-    means = np.empty(draws)
-    stack = np.stack([row["correct"] if value == "accuracy" else row["returns"][:, None] for row in rows])  # [C, E, I]
+def resampled(stack: np.ndarray, draws: int, number: int) -> np.ndarray:
+    """Bootstrap means [draws] of [controllers, hosts, images]. Hosts and images are resampled the same way in every row of
+    the table, which pairs them; controllers in a way of their own, by the row's number."""
+    shared, own, means = np.random.default_rng(0), np.random.default_rng([1, number]), np.empty(draws)
+    controllers, hosts, images = stack.shape
     for i in range(draws):
-        hosts = np.bincount(rng.integers(stack.shape[1], size=stack.shape[1]), minlength=stack.shape[1])
-        images = np.bincount(rng.integers(540, size=540), minlength=540) if value == "accuracy" else np.ones(1)
-        chosen = own.integers(len(rows), size=len(rows))
-        means[i] = (hosts @ stack[chosen].mean(0) @ images) / hosts.sum() / images.sum()
+        host_weights = np.bincount(shared.integers(hosts, size=hosts), minlength=hosts) / hosts
+        image_weights = np.bincount(shared.integers(images, size=images), minlength=images) / images
+        means[i] = host_weights @ stack[own.integers(controllers, size=controllers)].mean(0) @ image_weights
     return means
 
 
-def table(draws: int = 2000) -> None:
-    rows = load_evaluations()
+def beyond(lstm: np.ndarray, other: np.ndarray, digits: int) -> str:
+    """Mean difference of two bootstraps and its 95% interval."""
+    low, high = np.percentile(lstm - other, [2.5, 97.5])
+    return f"{(lstm - other).mean():+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+
+
+def wilson(p: float, n: int) -> str:
+    """A share and Wilson's 95% interval."""
+    half = 1.96 * np.sqrt(p * (1 - p) / n + 0.96 / n**2) / (1 + 3.84 / n)
+    center = (p + 1.92 / n) / (1 + 3.84 / n)
+    return f"{p:.2f} ({center - half:.2f} to {center + half:.2f}) of {n}"
+
+
+def write_csv(rows: dict[str, dict[int, dict]]) -> None:
+    names = [
+        "returns",
+        "test_accuracy",
+        "validation_accuracy",
+        "parameter_ratio",
+        "germinations",
+        "fossilized",
+        "culled",
+    ]
     with open(RESULTS / "tamiyo_hosts.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        names = [
-            "returns",
-            "test_accuracy",
-            "validation_accuracy",
-            "parameter_ratio",
-            "germinations",
-            "fossilized",
-            "culled",
-        ]
         writer.writerow(["row", "seed", "host", *names])
         for label, seeds in rows.items():
             for seed, entry in seeds.items():
@@ -166,45 +177,37 @@ def table(draws: int = 2000) -> None:
         writer = csv.writer(file)
         writer.writerow(["row", "seed", "culls examined", "host better off"])
         for label, seeds in rows.items():
-            for seed, entry in seeds.items():
-                if len(entry["better"]):
-                    writer.writerow([label, seed, len(entry["better"]), int(entry["better"].sum())])
-    samples = {
-        value: {
-            label: resampled(list(seeds.values()), value, np.random.default_rng(0), draws)
-            for label, seeds in rows.items()
-        }
-        for value in ("return", "accuracy")
+            examined = [(seed, entry["better"]) for seed, entry in seeds.items() if len(entry["better"])]
+            writer.writerows([label, seed, len(better), int(better.sum())] for seed, better in examined)
+
+
+def table(draws: int = 2000) -> None:
+    rows = load_evaluations()
+    write_csv(rows)
+    returns = {
+        label: np.stack([entry["returns"][:, None] for entry in seeds.values()]) for label, seeds in rows.items()
+    }
+    correct = {label: np.stack([entry["correct"] for entry in seeds.values()]) for label, seeds in rows.items()}
+    drawn = {
+        label: (resampled(returns[label], draws, number), 100 * resampled(correct[label], draws, number))
+        for number, label in enumerate(rows)
     }
     lines = [
-        "| policy | seeds | return | LSTM's return beyond it | test accuracy | LSTM's beyond it (points) | parameters added |",
+        "| policy | seeds | return | LSTM beyond it | test accuracy, % | LSTM beyond it | parameters added |",
         "|---|---|---|---|---|---|---|",
     ]
-    mean_return = {label: np.mean([entry["returns"] for entry in seeds.values()]) for label, seeds in rows.items()}
-    for label in sorted(rows, key=mean_return.get, reverse=True):
-        entries = list(rows[label].values())
-        cells = [label, str(len(entries)), f"{mean_return[label]:.3f}"]
-        accuracy = 100 * np.mean([entry["correct"] for entry in entries])
-        for value, scale, own in (("return", 1, None), ("accuracy", 100, f"{accuracy:.1f}%")):
-            difference = scale * (samples[value]["LSTM"] - samples[value][label])
-            low, high = np.percentile(difference, [2.5, 97.5])
-            cells += [own] * bool(own)
-            digits = 2 if value == "return" else 1
-            cells.append(
-                "" if label == "LSTM" else f"{difference.mean():+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
-            )
-        cells.append(f"{np.mean([entry['parameter_ratio'] for entry in entries]):.0%}")
+    for label in sorted(rows, key=lambda label: -returns[label].mean()):
+        other = [beyond(drawn["LSTM"][i], drawn[label][i], digits) for i, digits in enumerate((2, 1))]
+        other = ["", ""] if label == "LSTM" else other
+        added = np.mean([entry["parameter_ratio"] for entry in rows[label].values()])
+        cells = [label, str(len(rows[label])), f"{returns[label].mean():.2f}", other[0]]
+        cells += [f"{100 * correct[label].mean():.1f}", other[1], f"{added:.0%}"]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Culls after which the host ended better off than with the seed (95% interval, over culls):", ""]
     for label, seeds in rows.items():
         better = np.concatenate([entry["better"] for entry in seeds.values()])
         if len(better) >= 50:
-            p, n = better.mean(), len(better)
-            center, half = (
-                (p + 1.92 / n) / (1 + 3.84 / n),
-                1.96 * np.sqrt(p * (1 - p) / n + 0.96 / n**2) / (1 + 3.84 / n),
-            )
-            lines.append(f"- {label}: {p:.2f} ({center - half:.2f} to {center + half:.2f}) of {n}")
+            lines.append(f"- {label}: {wilson(better.mean(), len(better))}")
     (RESULTS / "tamiyo_table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     curves()

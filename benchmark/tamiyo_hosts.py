@@ -1,4 +1,4 @@
-"""Epochs of hosts per second: batched, one by one, and as plain torch modules; and episodes per minute of a training run.
+"""Epochs of hosts per second: batched, one by one, as plain torch modules; episodes per minute of a training run.
 
 python benchmark/tamiyo_hosts.py        # results/tamiyo_hosts_speed.csv; one thread, ways in turn, medians of 3 rounds
 """
@@ -36,7 +36,7 @@ def batched(num_envs: int, grow: bool, epochs: int = 20) -> float:
 
 
 def plain(epochs: int = 20) -> float:
-    """A bare host of width 4 and its twin, each trained, validated and measured as usual: nn.Conv2d, torch.optim.SGD."""
+    """A bare host of width 4 and its twin, as anyone would write them: nn.Conv2d, torch.optim.SGD."""
 
     def network() -> nn.Sequential:
         layers = nn.Conv2d(1, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, 1, 1), nn.ReLU(), nn.AvgPool2d(2)

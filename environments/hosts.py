@@ -3,18 +3,18 @@ for each of them whether to grow a new module, make it permanent, or remove it.
 
     environments.hosts:Morphogenesis-v0    a Gymnasium VectorEnv; an episode is a host's whole training of 25 epochs
 
-A module ("seed") is germinated in one of two slots and learns in isolation (TRAINING: from the loss of the host with the
-module in place, while the host learns as if it were not there). Then it is blended in (BLENDING: output = host + alpha *
-(module - host), alpha rising along a sigmoid) and waits (HOLDING) to be made permanent (FOSSILIZED). What is not permanent
-at the end is lost.
+A module ("seed") is germinated in one of two slots and learns in isolation (TRAINING: from the loss of the host with
+the module in place, while the host learns as if it were not there). Then it is blended in (BLENDING: output = host +
+alpha * (module - host), alpha rising along a sigmoid) and waits (HOLDING) to be made permanent (FOSSILIZED). What is
+not permanent at the end is lost.
 
 Every episode draws another host: its width, learning rate, training images and label noise, whether the contrast of its
 images varies, and which blueprints are unsound in it. A module of an unsound blueprint climbs the loss that it should
 descend; nothing tells but what it does. So a fixed plan fails, and it pays to remember what was tried.
 
-All hosts are trained in one batched computation, in which none has any influence on another: weights are rows of a matrix
-[N, P], narrow hosts are padded with channels that stay zero, and a convolution on a small map is a matrix product, whose
-matrix holds the kernel along its diagonals (`spread`).
+All hosts are trained in one batched computation, in which none has any influence on another: weights are rows of a
+matrix [N, P], narrow hosts are padded with channels that stay zero, and a convolution on a small map is a matrix
+product, whose matrix holds the kernel along its diagonals (`spread`).
 """
 
 import math
@@ -109,10 +109,7 @@ CONTRIBUTION = 0.3  # … for the change of the seed's contribution to the valid
 RENT = 0.003  # cost of an epoch, times the parameter ratio
 INTERVENTION = 0.01  # cost of any action but WAIT
 POTENTIAL = 0.05  # shaping: of a seed that is HOLDING; earlier stages have a share of it
-
-
-SHARE = np.zeros(len(Stage))  # of the potential
-SHARE[[Stage.GERMINATED, Stage.TRAINING, Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED]] = 0.25, 0.5, 0.75, 1, 1
+SHARE = np.array([0, 0.25, 0.5, 0.75, 1, 1, 0, 0])  # by stage
 
 
 class Patches(NamedTuple):
@@ -124,8 +121,8 @@ class Patches(NamedTuple):
 
 
 def load_images(dataset: str, data_dir: str) -> Patches:
-    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, split 897 / 360 / 540 once and for all; or CIFAR-10, split
-    45,000 / 5,000 / 10,000, of which validation and test use the first 1,000 and 2,000."""
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, split 897 / 360 / 540 once and for all; or CIFAR-10,
+    split 45,000 / 5,000 / 10,000, of which validation and test use the first 1,000 and 2,000."""
     if dataset == "digits":
         from sklearn.datasets import load_digits
 
@@ -210,8 +207,8 @@ def spread(kernel: Tensor, joins: Tensor) -> Tensor:
 
 
 def normalize(x: Tensor, scale: Tensor, shift: Tensor, width: Tensor) -> Tensor:
-    """Each image by mean and variance of its real channels: x [R, B, Q * W], scale and shift [R, W], zero where there is
-    no real channel, width [R]."""
+    """Each image by mean and variance of its real channels: x [R, B, Q * W], scale and shift [R, W], zero where there
+    is no real channel, width [R]."""
     channels = scale.shape[1]
     count = (width * (x.shape[2] // channels))[:, None, None]
     mean = x.sum(-1, keepdim=True) / count
@@ -225,7 +222,8 @@ def residual_conv(x: Tensor, scale: Tensor, shift: Tensor, kernel: Tensor, width
 
 
 def apply_modules(x: Tensor, flat: Tensor, width: Tensor, counts: list[int], joins: Tensor) -> Tensor:
-    """The output of M modules, sorted by blueprint, `counts` of each: x [M, B, Q * W], weights `flat` [M, MODULE_SIZE]."""
+    """The output of M modules, sorted by blueprint, `counts` of each: x [M, B, Q * W], weights `flat`
+    [M, MODULE_SIZE]."""
     inputs, widths = x.split(counts), width.split(counts)
     weights = [
         unpack(part, module_shapes_of(WIDTH)[name]) for part, name in zip(flat.split(counts), BLUEPRINTS, strict=True)
@@ -298,15 +296,16 @@ class Morphogenesis(VectorEnv):
     """N hosts; one step is an epoch of each. Actions are ACTIONS, observations OBSERVATION, both in that order, and
     `infos["action_mask"]` [N, 8] tells what is allowed; anything else raises ValueError. Autoreset is SAME_STEP.
 
-    The reward is, at the end, ACCURACY times the accuracy on the validation images beyond that of the host's twin, which has
-    the same start and the same data, and in which nothing grows (without that, the return would mostly tell how hard the
-    host is); plus CONTRIBUTION times each change of the live seed's contribution (0 until it is blended in; what was paid is
-    taken back if the seed goes), minus RENT and INTERVENTION, plus potential-based shaping (Ng et al. 1999) whose potential
-    is 0 at every end. A host whose loss is no longer finite ends its episode, with the accuracy of guessing. Only
-    `final_info` tells anything about the test images.
+    The reward is, at the end, ACCURACY times the accuracy on the validation images beyond that of the host's twin,
+    which has the same start and the same data, and in which nothing grows (without that, the return would mostly tell
+    how hard the host is); plus CONTRIBUTION times each change of the live seed's contribution (0 until it is blended
+    in; what was paid is taken back if the seed goes), minus RENT and INTERVENTION, plus potential-based shaping (Ng et
+    al. 1999) whose potential is 0 at every end. A host whose loss is no longer finite ends its episode, with the
+    accuracy of guessing. Only `final_info` tells anything about the test images.
 
-    `reset(seed=[…])` gives each host a seed, which determines everything but the actions; `options={"modules": [N, SLOTS]}`
-    lets hosts start with permanent modules (blueprint numbers, or -1). `history` adds the last so many values of HISTORY.
+    `reset(seed=[…])` gives each host a seed, which determines everything but the actions. `options={"modules": x}`,
+    x [N, SLOTS], lets hosts start with permanent modules (blueprint numbers, or -1). `history` adds the last so many
+    values of HISTORY.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
@@ -394,8 +393,8 @@ class Morphogenesis(VectorEnv):
     def fill(
         self, n: int, first: int, own: dict[str, tuple], padded: dict[str, tuple], rng: np.random.Generator
     ) -> None:
-        """Writes initial weights into row n from column `first` on, those of a narrow host where those of the widest are:
-        scales of 1, biases and shifts of 0, He's normal for the rest (arXiv 1502.01852)."""
+        """Writes initial weights into row n from column `first` on, those of a narrow host where those of the widest
+        are: scales of 1, biases and shifts of 0, He's normal for the rest (arXiv 1502.01852)."""
         for name, shape in own.items():
             last = first + math.prod(padded[name])
             place = tuple(slice(0, length) for length in shape)
@@ -470,8 +469,8 @@ class Morphogenesis(VectorEnv):
 
     @torch.enable_grad()
     def train_epoch(self) -> None:
-        """SGD with momentum on every host and its twin, in which nothing grows. A seed that is TRAINING learns from a third
-        network, its shadow: the host with the module fully there and everything but the module detached."""
+        """SGD with momentum on every host and its twin, in which nothing grows. A seed that is TRAINING learns from a
+        third network, its shadow: the host with the module fully there and everything but the module detached."""
         every, training = np.arange(self.num_envs), self.stage == Stage.TRAINING
         shadows = np.flatnonzero(training.any(1))
         hosts, alpha = np.concatenate((every, every, shadows)), self.alpha()
