@@ -13,7 +13,6 @@ of its modules follow github.com/tachyon-beep/esper-lite. Numbers such as `detai
 """
 
 import importlib
-import importlib.util
 import json
 import math
 import os
@@ -23,7 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -47,6 +46,7 @@ from environments.hosts import (
     EPOCHS,
     FOSSILIZE,
     GERMINATE,
+    HELD_OUT,
     OBSERVATION,
     WAIT,
     Morphogenesis,
@@ -105,7 +105,7 @@ class Args:
     num_steps: int = 25
     """epochs of each host per rollout"""
     anneal_lr: bool = True
-    """lower the learning rate linearly to 0"""
+    """lower the learning rate, and the entropy bonus, linearly to 0"""
     gamma: float = 0.99
     """discount factor"""
     gae_lambda: float = 0.95
@@ -120,8 +120,8 @@ class Args:
     """clip range of the probability ratio"""
     clip_vloss: bool = False
     """clip the value loss with clip_coef too (values are in units of the returns' standard deviation)"""
-    ent_coef: float = 0.003
-    """weight of the entropy bonus"""
+    ent_coef: float = 0.01
+    """weight of the entropy bonus, lowered to 0 like the learning rate"""
     vf_coef: float = 0.5
     """weight of the value loss"""
     max_grad_norm: float = 0.5
@@ -166,6 +166,8 @@ def check(args: Args) -> None:
         need(value >= 0, f"{flag} must not be negative, not {value}")
         need(value <= 1 or name not in ("gamma", "gae_lambda"), f"{flag} must be at most 1, not {value}")
     need(args.num_minibatches <= args.num_envs, "--num-minibatches must not exceed --num-envs")
+    need(args.seed < 2**32, f"--seed must be below 2**32, not {args.seed}")
+    need(args.target_kl is None or args.target_kl > 0, f"--target-kl must be above 0, not {args.target_kl}")
     exclusive = [args.resume, args.init_from, args.evaluate]
     need(sum(map(bool, exclusive)) <= 1, "--resume, --init-from and --evaluate exclude each other")
     fixed = args.policy != "learned"
@@ -173,7 +175,7 @@ def check(args: Args) -> None:
     need(args.policy != "static" or args.evaluate, "--policy static needs --evaluate: it copies what that policy grows")
     try:
         envs = make_envs(args, 1)
-        space = envs.single_action_space
+        space, _ = envs.single_action_space, entry_names(envs.single_observation_space)
         envs.close()
     except Exception as error:
         raise InputError(f"{args.env_id}: {type(error).__name__}: {' '.join(str(error).split())}") from error
@@ -399,7 +401,7 @@ def final_observation(envs: VectorEnv, infos: dict, n: int, device: torch.device
     return torch.from_numpy(finite(flat, "final observation")).to(device)
 
 
-def reset(envs: VectorEnv, agent: Agent, seed: int) -> Carry:
+def reset(envs: VectorEnv, agent: Agent, seed: int | list[int]) -> Carry:
     obs, infos = envs.reset(seed=seed)
     state, n = agent.initial_state(envs.num_envs), envs.num_envs
     obs, action_mask = observe(envs, obs, infos, state.device)
@@ -410,8 +412,8 @@ def reset(envs: VectorEnv, agent: Agent, seed: int) -> Carry:
 @torch.inference_mode()
 def collect(
     envs: VectorEnv, agent: Agent, rollout: Rollout, carry: Carry, generator: torch.Generator, reset_every: int = 0
-) -> list[dict[str, float]]:
-    """Fills the rollout, moves `carry` on, and gives return, length and closing info of each episode that ended."""
+) -> list[tuple[float, int]]:
+    """Fills the rollout, moves `carry` on, and gives (return, length) of each episode that ended."""
     space, device, episodes = envs.single_action_space, carry.obs.device, []
     for t in range(len(rollout.obs)):
         logits, value, state = agent.step(carry.obs, carry.state, carry.action_mask)
@@ -429,8 +431,7 @@ def collect(
         carry.lengths += 1
         for n in np.flatnonzero(terminated | truncated):
             rollout.next_obs[t, n] = final_observation(envs, infos, n, device)
-            closing = {"return": carry.returns[n], "length": carry.lengths[n]}
-            episodes.append(closing | {name: x[n] for name, x in infos["final_info"].items()})
+            episodes.append((float(carry.returns[n]), int(carry.lengths[n])))
             carry.returns[n], carry.lengths[n] = 0, 0
         forget = terminated | truncated | (carry.lengths % reset_every == 0 if reset_every else False)
         carry.start = torch.from_numpy(forget).to(device)
@@ -464,10 +465,10 @@ def cut_segments(start: Tensor, bptt_length: int) -> Segments:
     """Cuts a rollout at its first row, where the state is zero (`start` [T, N] bool) and every `bptt_length` steps
     between (0 = never) (detail 1)."""
     num_steps, num_envs = start.shape
-    time = torch.arange(num_steps, device=start.device)[:, None]  # [T, 1]
-    cut = start | (time == 0)
+    row = torch.arange(num_steps, device=start.device)[:, None]  # [T, 1]
+    cut = start | (row == 0)
     if bptt_length:
-        age = time - torch.where(cut, time, 0).cummax(0).values  # [T, N] steps since the last cut
+        age = row - torch.where(cut, row, 0).cummax(0).values  # [T, N] steps since the last cut
         cut = age % bptt_length == 0
     n, t = cut.T.nonzero(as_tuple=True)  # [S] one environment after the other, time ascending
     length = torch.diff(n * num_steps + t, append=n.new_tensor([num_envs * num_steps]))  # [S]
@@ -597,9 +598,10 @@ def play(args: Args, seeds: list[int], new_policy: Callable, modules: np.ndarray
             actions.append(np.where(running, action, -1))
             stages.append(infos.get("stage", np.zeros((len(chunk), 0), int)).copy())
             obs, reward, terminated, truncated, infos = envs.step(action + envs.single_action_space.start)
-            returns, lengths = returns + reward * running, lengths + running
+            returns, lengths = returns + np.where(running, reward, 0), lengths + running
             for n in np.flatnonzero((terminated | truncated) & running):
-                closing[n] = {name: x[n] for name, x in infos["final_info"].items()}
+                arrays = {name: x for name, x in infos["final_info"].items() if isinstance(x, np.ndarray)}
+                closing[n] = {name: x[n] for name, x in arrays.items()}
             running &= ~(terminated | truncated)
         envs.close()
         parts.append((returns, lengths, actions, stages, closing))
@@ -613,7 +615,8 @@ def play(args: Args, seeds: list[int], new_policy: Callable, modules: np.ndarray
         return np.concatenate(padded)
 
     closing = [entry for part in parts for entry in part[4]]
-    info = {name: np.stack([entry[name] for entry in closing]) for name in closing[0]}
+    known = set.intersection(*map(set, closing))
+    info = {name: np.stack([entry[name] for entry in closing]) for name in known}
     returns, lengths = (np.concatenate([part[i] for part in parts]) for i in range(2))
     return Episodes(returns, lengths, join(2), join(3), info)
 
@@ -621,7 +624,7 @@ def play(args: Args, seeds: list[int], new_policy: Callable, modules: np.ndarray
 def evaluate(agent: Agent | None, args: Args, policy: str = "learned", reset_every: int | None = None) -> Episodes:
     """Plays `eval_episodes` episodes whose seeds are not trained on, the same ones whatever `seed` is. The learned
     policy's state is zeroed every so many steps (default: as in training; 1: memoryless)."""
-    seeds = [1_000_000_000 + i for i in range(args.eval_episodes)]
+    seeds = [HELD_OUT + i for i in range(args.eval_episodes)]
     reset_every = args.reset_every if reset_every is None else reset_every
     modules = None
     if policy == "static":
@@ -629,7 +632,9 @@ def evaluate(agent: Agent | None, args: Args, policy: str = "learned", reset_eve
 
     def learned(chunk: np.ndarray) -> Callable:
         state = agent.initial_state(len(chunk))
-        generator = None if args.eval_deterministic else torch.Generator(state.device).manual_seed(args.seed + chunk[0])
+        generator = (
+            None if args.eval_deterministic else torch.Generator(state.device).manual_seed(args.seed + int(chunk[0]))
+        )
 
         def choose(t: int, obs: Tensor, action_mask: Tensor | None) -> np.ndarray:
             nonlocal state
@@ -657,8 +662,8 @@ def evaluate(agent: Agent | None, args: Args, policy: str = "learned", reset_eve
 def cull_outcomes(args: Args, episodes: Episodes, most: int = 100) -> np.ndarray:
     """For each cull of evaluated episodes (`most` of them at random): is the host better off for it [C] bool? The host
     is trained twice more up to the cull, with the same data in the same order. Then one loses the seed and the other
-    keeps it, permanently as soon as that is allowed, and nothing else is done. Better is the higher accuracy on the
-    test images, or the lower loss if that is the same (detail 12)."""
+    keeps it, permanently as soon as that is allowed, and nothing else is done; culls too late for that are left out.
+    Better is the higher accuracy on the test images, or the lower loss if that is the same (detail 12)."""
     culls = np.argwhere(episodes.actions == CULL)  # [C, 2] episode, step
     culls = np.random.default_rng(args.seed).permutation(culls)[:most]
     plans, keeps = episodes.actions[culls[:, 0]].repeat(2, 0), np.arange(2 * len(culls)) % 2 == 1  # [2 C, T], [2 C]
@@ -674,10 +679,12 @@ def cull_outcomes(args: Args, episodes: Episodes, most: int = 100) -> np.ndarray
 
     if not len(culls):
         return np.zeros(0, bool)
-    seeds = [1_000_000_000 + int(e) for e in culls[:, 0].repeat(2)]
+    seeds = [HELD_OUT + int(e) for e in culls[:, 0].repeat(2)]
     info = play(args, seeds, new_policy).info
-    (culled, kept), (culled_loss, kept_loss) = (info[name].reshape(-1, 2).T for name in ("test_accuracy", "test_loss"))
-    return (culled > kept) | ((culled == kept) & (culled_loss < kept_loss))
+    names = ("test_accuracy", "test_loss", "fossilized")
+    (culled, kept), (culled_loss, kept_loss), permanent = (info[name].reshape(-1, 2).T for name in names)
+    better = (culled > kept) | ((culled == kept) & (culled_loss < kept_loss))
+    return better[permanent[1] > permanent[0]]
 
 
 def actions_figure(episodes: Episodes):
@@ -734,7 +741,8 @@ def load(path: str | Path, args: Args | None = None) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
         saved = state["args"]
     except Exception as error:
-        raise InputError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
+        problem = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{path} is not a checkpoint: {problem}") from error
     if unknown := set(saved) ^ {item.name for item in fields(Args)}:
         raise InputError(f"{path} is a checkpoint of another script, with or without {', '.join(sorted(unknown))}")
     same = [
@@ -793,7 +801,7 @@ def assess(agent: Agent | None, args: Args, run_dir: Path | None, writer: Summar
         better = cull_outcomes(args, played)
         scores["tamiyo/culls_examined"] = len(better)
         scores["tamiyo/cull_precision"] = better.mean() if len(better) >= 50 else math.nan  # too few to tell
-        if run_dir:
+        if run_dir and args.policy == "learned":
             actions_figure(played).savefig(run_dir / "actions.png", dpi=100)
         if writer:
             writer.add_figure("tamiyo/actions", actions_figure(played), step)
@@ -894,7 +902,7 @@ def train(args: Args) -> dict:
     check(args)
     device, rank, world = setup(args)
     if args.policy != "learned" and not args.evaluate:
-        return summary(assess(None, args, None, None, 0), Progress(), args, None)
+        return {} if rank > 0 else summary(assess(None, args, None, None, 0), Progress(), args, None)
     envs = make_envs(args, args.num_envs)
     names = entry_names(envs.single_observation_space)
     torch.manual_seed(args.seed)  # initial weights; whatever is random later draws from a generator
@@ -903,14 +911,14 @@ def train(args: Args) -> dict:
     rng = torch.Generator(device).manual_seed(args.seed + rank)
     parts = {"agent": agent, "optimizer": optimizer, "rng": rng}
     progress = Progress()
-    if args.evaluate or args.resume:
-        progress = restore(parts, load(args.evaluate or f"{args.resume}/checkpoint.pt", args))
-        if rank > 0:  # the checkpoint holds the generator of rank 0
-            rng.manual_seed(args.seed + rank + progress.global_step)
     if args.evaluate:
         envs.close()
-        run_dir = Path(args.evaluate).parent
-        return summary(assess(agent, args, run_dir, None, 0), progress, args, run_dir)
+        progress, run_dir = restore({"agent": agent}, load(args.evaluate, args)), Path(args.evaluate).parent
+        return {} if rank > 0 else summary(assess(agent, args, run_dir, None, 0), progress, args, run_dir)
+    if args.resume:
+        progress = restore(parts, load(f"{args.resume}/checkpoint.pt", args))
+        if rank > 0:  # the checkpoint holds the generator of rank 0
+            rng.manual_seed(args.seed + rank + progress.global_step)
     if progress.global_step >= args.total_timesteps:
         raise InputError(f"{args.resume} has its {progress.global_step} steps: --total-timesteps says how far to go")
     if args.init_from:
@@ -921,12 +929,14 @@ def train(args: Args) -> dict:
     bar = progress_bar(args, progress, rank)
     steps_per_update, steps_done, seconds, stop = world * args.num_envs * args.num_steps, 0, 0.0, False
     try:
-        carry = reset(envs, agent, args.seed + 1_000_000 * rank + 1000 * progress.update)
+        first_seeds = np.random.default_rng([args.seed, rank, progress.update]).integers(HELD_OUT, size=args.num_envs)
+        carry = reset(envs, agent, first_seeds.tolist())
         while progress.global_step < args.total_timesteps and not stop:
             # --- rollout, advantages
             started = time.perf_counter()
             remaining = 1 - progress.global_step / args.total_timesteps if args.anneal_lr else 1.0
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
+            annealed = replace(args, ent_coef=args.ent_coef * remaining)
             rollout = Rollout(args, agent, len(names), carry)
             episodes = collect(envs, agent, rollout, carry, rng, args.reset_every)
             values_after, ends = next_values(agent, rollout, carry), (rollout.terminated, rollout.truncated)
@@ -945,7 +955,7 @@ def train(args: Args) -> dict:
                 if epoch and args.refresh_states:
                     refresh_states(agent, rollout)
                 for minibatch in minibatches(segments, args.num_minibatches, rng):
-                    loss, metrics = ppo_loss(agent, rollout, minibatch, args, batch_size)
+                    loss, metrics = ppo_loss(agent, rollout, minibatch, annealed, batch_size)
                     optimizer.zero_grad()
                     loss.backward()
                     metrics["grad_norm"] = sum_and_clip(list(agent.parameters()), args.max_grad_norm) / world
@@ -964,10 +974,9 @@ def train(args: Args) -> dict:
                 continue
 
             # --- log, evaluate, save
-            progress.recent = [*progress.recent, *(float(episode["return"]) for episode in episodes)][-100:]
+            progress.recent = [*progress.recent, *(episode_return for episode_return, _ in episodes)][-100:]
             if episodes:
-                scalars["charts/episodic_return"] = np.mean([episode["return"] for episode in episodes])
-                scalars["charts/episodic_length"] = np.mean([episode["length"] for episode in episodes])
+                scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0)
             if log:
                 scalars["losses/first_ratio_error"] = error = float(log[0]["ratio_error"])
                 if error > 1e-3:
@@ -1023,8 +1032,9 @@ def main() -> None:
                 f"{name} {result[f'{name}_test_accuracy']:.1%}" for name in names if f"{name}_test_accuracy" in result
             ]
             print(" | ".join([*others, f"now {result['test_accuracy']:.1%} (their accuracy on test images)"]))
-        print(f"watch: tensorboard --logdir {args.runs_dir}")
-        print(f"evaluate: python {sys.argv[0]} --evaluate {result['run_dir']}/checkpoint.pt")
+        if result["run_dir"]:
+            print(f"watch: tensorboard --logdir {args.runs_dir}")
+            print(f"evaluate: python {sys.argv[0]} --evaluate {result['run_dir']}/checkpoint.pt")
         print(json.dumps(result))
 
 

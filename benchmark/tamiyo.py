@@ -1,10 +1,13 @@
 """The experiment of docs/ppo_lstm_tamiyo.md: does a controller with memory grow better networks?
 
     python benchmark/tamiyo.py train        # every controller and seed; goes on where it was cut off
-    python benchmark/tamiyo.py evaluate     # everything on the same held-out hosts -> results/tamiyo_hosts.csv
-    python benchmark/tamiyo.py table        # results/tamiyo_table.md, tamiyo.png, tamiyo_curves.png from what is there
+    python benchmark/tamiyo.py evaluate     # everything that is trained, on the same held-out hosts
+    python benchmark/tamiyo.py table        # results/tamiyo_*: table.md, hosts.csv, culls.csv, curves.csv, curves.png
 
-Trainings are independent processes of one thread, `--jobs` of them at a time, in benchmark/runs/tamiyo/.
+Trainings are independent processes of one thread, `--jobs` of them at a time, in benchmark/runs/tamiyo/. CIFAR-10
+instead of digits, and only the first two controllers:
+
+    python benchmark/tamiyo.py train --dataset cifar10 --controllers LSTM MLP      # then evaluate, table
 """
 
 import argparse
@@ -33,6 +36,8 @@ CONTROLLERS = {  # label: flags
     "LSTM, reset every 4": ["--reset-every", "4"],
     "LSTM, reset every 8": ["--reset-every", "8"],
 }
+STATIC = "static, the modules of LSTM"  # its return is not comparable: it is never paid for growing
+LSTM_ROWS = ("LSTM", STATIC, *(f"LSTM, its state reset every {k}" for k in (1, 4, 8)))
 POLICIES = {  # label: `--policy`
     "never grow": "never",
     "random": "random",
@@ -40,16 +45,18 @@ POLICIES = {  # label: `--policy`
     "best schedule": "schedule",
     "plateau heuristic": "heuristic",
 }
-RUNS, RESULTS = HERE / "runs" / "tamiyo", HERE / "results"
+RUNS, RESULTS = HERE / "runs", HERE / "results"
+dataset = "digits"
 
 
-def folder(label: str, seed: int) -> Path:
-    return RUNS / f"{label.replace(' ', '_').replace(',', '')}__{seed}"
+def place(label: str, seed: int) -> Path:
+    """Where a row of the table keeps its files; other settings, other files."""
+    return RUNS / f"tamiyo_{dataset}_{STEPS}_{HOSTS}" / f"{label.replace(' ', '_').replace(',', '')}__{seed}"
 
 
 def run_of(label: str, seed: int) -> Path | None:
     """The newest run folder that has a checkpoint."""
-    found = sorted(folder(label, seed).glob("*/checkpoint.pt"))
+    found = sorted(place(label, seed).glob("*/checkpoint.pt"))
     return found[-1].parent if found else None
 
 
@@ -61,7 +68,8 @@ def steps_of(label: str, seed: int) -> int:
 def train_one(label: str, seed: int) -> None:
     if steps_of(label, seed) >= STEPS:
         return
-    flags = ["--seed", str(seed), "--runs-dir", str(folder(label, seed)), "--eval-episodes", "16", *CONTROLLERS[label]]
+    flags = ["--seed", str(seed), "--runs-dir", str(place(label, seed)), "--eval-episodes", "16"]
+    flags += ["--dataset", dataset, *CONTROLLERS[label]]
     if run := run_of(label, seed):
         flags = ["--resume", str(run)]
     command = [sys.executable, "ppo_lstm_tamiyo.py", "--total-timesteps", str(STEPS), *flags]
@@ -73,7 +81,7 @@ def train_one(label: str, seed: int) -> None:
 
 def agent_of(label: str, seed: int) -> tuple[tamiyo.Agent, tamiyo.Args]:
     state = tamiyo.load(run_of(label, seed) / "checkpoint.pt")
-    args = dataclasses.replace(tamiyo.Args(**state["args"]), eval_episodes=HOSTS)
+    args = dataclasses.replace(tamiyo.Args(**state["args"]), eval_episodes=HOSTS, cuda=False)
     envs = tamiyo.make_envs(args, 1)
     agent = tamiyo.Agent(envs.single_observation_space.shape[0], envs.single_action_space, args)
     agent.load_state_dict(state["agent"])
@@ -82,7 +90,7 @@ def agent_of(label: str, seed: int) -> tuple[tamiyo.Agent, tamiyo.Args]:
 
 def evaluations() -> dict[tuple[str, int], tuple]:
     """{(row of the table, seed): (agent, args, policy, reset_every, examine its culls?)}"""
-    plain = tamiyo.Args(eval_episodes=HOSTS)
+    plain = tamiyo.Args(eval_episodes=HOSTS, cuda=False, dataset=dataset)
     todo = {(label, 0): (None, plain, policy, None, policy == "random") for label, policy in POLICIES.items()}
     for label in CONTROLLERS:
         for seed in SEEDS:
@@ -90,7 +98,7 @@ def evaluations() -> dict[tuple[str, int], tuple]:
                 agent, args = agent_of(label, seed)
                 todo[label, seed] = agent, args, "learned", None, True
                 if label == "LSTM":
-                    todo["static, the modules of LSTM", seed] = agent, args, "static", None, False
+                    todo[STATIC, seed] = agent, args, "static", None, False
                     for k in (1, 4, 8):
                         todo[f"LSTM, its state reset every {k}", seed] = agent, args, "learned", k, False
     return todo
@@ -100,15 +108,16 @@ def evaluate() -> None:
     """Keeps what is there already; the images that each host got right are in one file for each row."""
     torch.set_num_threads(1)
     for (label, seed), (agent, args, policy, reset_every, culls) in evaluations().items():
-        path = RUNS / "evaluations" / f"{label.replace(' ', '_').replace(',', '')}__{seed}.npz"
+        path = place(label, seed) / "evaluation.npz"
         if path.exists():
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name("unfinished.npz")
         played = tamiyo.evaluate(agent, args, policy, reset_every)
         better = tamiyo.cull_outcomes(args, played) if culls else np.zeros(0, bool)
         names = ("test_accuracy", "validation_accuracy", "parameter_ratio", "germinations", "fossilized", "culled")
         np.savez_compressed(
-            path,
+            temporary,
             label=label,
             seed=seed,
             returns=played.returns,
@@ -124,7 +133,7 @@ def evaluate() -> None:
 def load_evaluations() -> dict[str, dict[int, dict]]:
     """{label: {seed: arrays}}"""
     rows = {}
-    for path in sorted((RUNS / "evaluations").glob("*.npz")):
+    for path in sorted(place("", 0).parent.glob("*/evaluation.npz")):
         with np.load(path) as file:
             entry = dict(file)
         rows.setdefault(str(entry["label"]), {})[int(entry["seed"])] = entry
@@ -132,8 +141,8 @@ def load_evaluations() -> dict[str, dict[int, dict]]:
 
 
 def resampled(stack: np.ndarray, draws: int, number: int) -> np.ndarray:
-    """Bootstrap means [draws] of [controllers, hosts, images]. Hosts and images are resampled the same way in every row of
-    the table, which pairs them; controllers in a way of their own, by the row's number."""
+    """Bootstrap means [draws] of [controllers, hosts, images]. Hosts and images are resampled the same way in every row
+    of the table, which pairs them; controllers in the same way if `number` is the same."""
     shared, own, means = np.random.default_rng(0), np.random.default_rng([1, number]), np.empty(draws)
     controllers, hosts, images = stack.shape
     for i in range(draws):
@@ -188,17 +197,17 @@ def table(draws: int = 2000) -> None:
         label: np.stack([entry["returns"][:, None] for entry in seeds.values()]) for label, seeds in rows.items()
     }
     correct = {label: np.stack([entry["correct"] for entry in seeds.values()]) for label, seeds in rows.items()}
-    drawn = {
-        label: (resampled(returns[label], draws, number), 100 * resampled(correct[label], draws, number))
-        for number, label in enumerate(rows)
-    }
+    drawn = {}
+    for number, label in enumerate(rows):
+        number = 1000 if label in LSTM_ROWS else number  # the same controllers
+        drawn[label] = resampled(returns[label], draws, number), 100 * resampled(correct[label], draws, number)
     lines = [
         "| policy | seeds | return | LSTM beyond it | test accuracy, % | LSTM beyond it | parameters added |",
         "|---|---|---|---|---|---|---|",
     ]
     for label in sorted(rows, key=lambda label: -returns[label].mean()):
         other = [beyond(drawn["LSTM"][i], drawn[label][i], digits) for i, digits in enumerate((2, 1))]
-        other = ["", ""] if label == "LSTM" else other
+        other = ["", ""] if label == "LSTM" else ["", other[1]] if label == STATIC else other
         added = np.mean([entry["parameter_ratio"] for entry in rows[label].values()])
         cells = [label, str(len(rows[label])), f"{returns[label].mean():.2f}", other[0]]
         cells += [f"{100 * correct[label].mean():.1f}", other[1], f"{added:.0%}"]
@@ -240,8 +249,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=["train", "evaluate", "table"])
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
+    parser.add_argument("--dataset", default="digits", choices=["digits", "cifar10"])
     parser.add_argument("--controllers", nargs="*", default=list(CONTROLLERS), choices=list(CONTROLLERS))
     args = parser.parse_args()
+    global dataset
+    dataset = args.dataset
     if args.step == "train":
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda job: train_one(*job), [(label, seed) for seed in SEEDS for label in args.controllers]))

@@ -17,6 +17,7 @@ matrix [N, P], narrow hosts are padded with channels that stay zero, and a convo
 product, whose matrix holds the kernel along its diagonals (`spread`).
 """
 
+import functools
 import math
 from enum import IntEnum
 from typing import NamedTuple
@@ -37,12 +38,14 @@ SLOTS = 2  # behind the first layer and behind the second
 CLASSES = 10
 LN = math.log(CLASSES)  # the loss of guessing
 
+HELD_OUT = 1_000_000_000  # seeds from here on are never drawn: they are for evaluation
+
 # what an episode draws
 LEARNING_RATES = (0.005, 0.02)  # log-uniform
 SMALLEST_SUBSET = 200  # training images: log-uniform between this and all
 LABEL_NOISE = 0.2  # half the hosts have up to this share of random labels
 CONTRAST = 1.2  # half the hosts see images multiplied by exp(CONTRAST * N(0, 1))
-UNSOUND, UNSOUND_STEP = 0.4, 0.2  # probability for each blueprint; how fast its modules climb the loss
+UNSOUND, UNSOUND_STEP = 0.3, 0.2  # probability for each blueprint; how fast its modules climb the loss
 
 
 class Stage(IntEnum):
@@ -66,7 +69,7 @@ WAIT, GERMINATE, FOSSILIZE, CULL = 0, 1, 6, 7  # GERMINATE + i germinates bluepr
 BY_ACTION = {  # every way from one stage to another: by an action …
     (Stage.DORMANT, "GERMINATE"): Stage.GERMINATED,
     (Stage.HOLDING, "FOSSILIZE"): Stage.FOSSILIZED,
-    **{(stage, "CULL"): Stage.CULLED for stage in LIVE},
+    **{(stage, "CULL"): Stage.CULLED for stage in (Stage.TRAINING, Stage.BLENDING, Stage.HOLDING)},
 }
 BY_TIME = {  # … or after so many epochs
     Stage.GERMINATED: (1, Stage.TRAINING),
@@ -88,8 +91,7 @@ OBSERVATION = {  # name: range
     "validation_accuracy_change": (-1, 1),
     "plateau": (0, 1),  # epochs without a new lowest validation loss, as a fraction of the episode
     "best_accuracy": (0, 1),  # on the validation images so far
-    "no_seed": (0, 1),  # stage of the live seed, one-hot
-    "germinated": (0, 1),
+    "no_seed": (0, 1),  # stage of the live seed, one-hot; GERMINATED is over before anything is observed
     "training": (0, 1),
     "blending": (0, 1),
     "holding": (0, 1),
@@ -109,7 +111,7 @@ CONTRIBUTION = 0.3  # … for the change of the seed's contribution to the valid
 RENT = 0.003  # cost of an epoch, times the parameter ratio
 INTERVENTION = 0.01  # cost of any action but WAIT
 POTENTIAL = 0.05  # shaping: of a seed that is HOLDING; earlier stages have a share of it
-SHARE = np.array([0, 0.25, 0.5, 0.75, 1, 1, 0, 0])  # by stage
+SHARE = np.array([0, 0, 0.5, 0.75, 1, 1, 0, 0])  # by stage
 
 
 class Patches(NamedTuple):
@@ -120,7 +122,8 @@ class Patches(NamedTuple):
     test: tuple[Tensor, Tensor]
 
 
-def load_images(dataset: str, data_dir: str) -> Patches:
+@functools.cache
+def load_images(dataset: str, data_dir: str, dtype: torch.dtype) -> Patches:
     """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, split 897 / 360 / 540 once and for all; or CIFAR-10,
     split 45,000 / 5,000 / 10,000, of which validation and test use the first 1,000 and 2,000."""
     if dataset == "digits":
@@ -139,11 +142,10 @@ def load_images(dataset: str, data_dir: str) -> Patches:
         kernel, stride, ends = 5, 4, ((0, n * 9 // 10), (n * 9 // 10, min(n, n * 9 // 10 + 1000)), (n, n + 2000))
     else:
         raise ValueError(f"dataset must be digits or cifar10, not {dataset}")
-    first, last = ends[0]
-    mean, std = images[first:last].mean(), images[first:last].std()
+    std, mean = torch.std_mean(torch.from_numpy(images[: ends[0][1]]).to(dtype), correction=0)
     parts = []
     for first, last in ends:
-        pixels = torch.from_numpy((images[first:last] - mean) / std).to(torch.get_default_dtype())
+        pixels = (torch.from_numpy(images[first:last]).to(dtype) - mean) / std
         patches = F.unfold(pixels, kernel, padding=kernel // 2, stride=stride).transpose(1, 2)  # [n, Q, K]
         parts.append((patches.contiguous(), torch.from_numpy(labels[first:last]).long()))
     return Patches(*parts)
@@ -201,9 +203,9 @@ def diagonals(positions: int) -> Tensor:
 def spread(kernel: Tensor, joins: Tensor) -> Tensor:
     """3 x 3 kernels [R, in, out, 9] -> matrices [R, Q * in, Q * out] that do the convolution (zero padding)."""
     rows, inputs, outputs, _ = kernel.shape
-    side = math.isqrt(joins.shape[1])
-    dense = (kernel.reshape(-1, 9) @ joins).view(rows, inputs, outputs, side, side)
-    return dense.permute(0, 3, 1, 4, 2).reshape(rows, side * inputs, side * outputs)
+    positions = math.isqrt(joins.shape[1])
+    dense = (kernel.reshape(-1, 9) @ joins).view(rows, inputs, outputs, positions, positions)
+    return dense.permute(0, 3, 1, 4, 2).reshape(rows, positions * inputs, positions * outputs)
 
 
 def normalize(x: Tensor, scale: Tensor, shift: Tensor, width: Tensor) -> Tensor:
@@ -300,8 +302,9 @@ class Morphogenesis(VectorEnv):
     which has the same start and the same data, and in which nothing grows (without that, the return would mostly tell
     how hard the host is); plus CONTRIBUTION times each change of the live seed's contribution (0 until it is blended
     in; what was paid is taken back if the seed goes), minus RENT and INTERVENTION, plus potential-based shaping (Ng et
-    al. 1999) whose potential is 0 at every end. A host whose loss is no longer finite ends its episode, with the
-    accuracy of guessing. Only `final_info` tells anything about the test images.
+    al. 1999) whose potential is 0 at every end. A host whose loss is no longer finite ends its episode there,
+    with the accuracy of guessing against its twin's at that epoch. Only `final_info` tells anything about the test
+    images.
 
     `reset(seed=[…])` gives each host a seed, which determines everything but the actions. `options={"modules": x}`,
     x [N, SLOTS], lets hosts start with permanent modules (blueprint numbers, or -1). `history` adds the last so many
@@ -319,7 +322,7 @@ class Morphogenesis(VectorEnv):
         self.single_observation_space, self.single_action_space = Box(low, high), Discrete(len(ACTIONS))
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
-        self.images = load_images(dataset, data_dir)
+        self.images = load_images(dataset, data_dir, torch.get_default_dtype())
         _, positions, self.patch = self.images.train[0].shape
         self.joins = diagonals(positions)
 
@@ -327,6 +330,7 @@ class Morphogenesis(VectorEnv):
             return np.zeros((num_envs, *shape), dtype)
 
         # what a host is
+        self.next_seed = [np.random.default_rng() for _ in range(num_envs)]  # draw the hosts behind the first
         self.seeds, self.width, self.learning_rate, self.label_noise = (
             zeros(dtype=int),
             zeros(dtype=int),
@@ -438,7 +442,7 @@ class Morphogenesis(VectorEnv):
         mask[:, WAIT] = True
         mask[:, GERMINATE:FOSSILIZE] = ((self.stage == Stage.DORMANT).any(1) & ~live.any(1))[:, None]
         mask[:, FOSSILIZE] = (self.stage == Stage.HOLDING).any(1)
-        mask[:, CULL] = live.any(1) & (self.seed_age >= 1)
+        mask[:, CULL] = live.any(1)
         return mask
 
     def alpha(self) -> np.ndarray:
@@ -527,9 +531,9 @@ class Morphogenesis(VectorEnv):
     def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         if seed is not None:
             seeds = [seed + n for n in range(self.num_envs)] if isinstance(seed, int) else seed
-            self.next_seed = [np.random.default_rng(s) for s in seeds]
+            self.next_seed = [np.random.default_rng([s, 3]) for s in seeds]
         else:
-            seeds = [int(rng.integers(2**31)) for rng in self.next_seed]
+            seeds = [int(rng.integers(HELD_OUT)) for rng in self.next_seed]
         modules = (options or {}).get("modules", [(-1,) * SLOTS] * self.num_envs)
         self.start(np.arange(self.num_envs), seeds, modules)
         return self.observe(), self.infos()
@@ -544,6 +548,8 @@ class Morphogenesis(VectorEnv):
 
     @torch.inference_mode(False)
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        if not all(action in self.single_action_space for action in np.asarray(actions)):
+            raise ValueError(f"actions must be 0 to {len(ACTIONS) - 1}, not {actions}")
         for n in np.flatnonzero(~self.action_masks()[np.arange(self.num_envs), actions]):
             stages = " and ".join(Stage(stage).name for stage in self.stage[n])
             raise ValueError(f"environment {n}: {ACTIONS[actions[n]]} is not allowed with slots {stages}")
@@ -556,7 +562,7 @@ class Morphogenesis(VectorEnv):
         diverged = ~np.isfinite(self.reading).all(1)
         done = diverged | (self.epoch >= EPOCHS)
         self.reading = np.nan_to_num(self.reading, nan=3 * LN, posinf=3 * LN)
-        self.contribution = np.nan_to_num(self.contribution)
+        self.contribution = np.nan_to_num(self.contribution, nan=-LN)
         self.change = self.reading - before
         self.plateau = np.where(self.reading[:, 2] < self.best_loss, 0, self.plateau + 1)
         self.best_loss = np.minimum(self.best_loss, self.reading[:, 2])
@@ -570,7 +576,7 @@ class Morphogenesis(VectorEnv):
             infos = {"final_obs": self.observe(), "_final_obs": done, "final_info": self.final_info(ended, diverged)}
             gain = infos["final_info"]["validation_accuracy"] - infos["final_info"]["bare_validation_accuracy"]
             reward[ended] += ACCURACY * gain[ended]
-            self.start(ended, [int(self.next_seed[n].integers(2**31)) for n in ended], [(-1,) * SLOTS] * len(ended))
+            self.start(ended, [int(self.next_seed[n].integers(HELD_OUT)) for n in ended], [(-1,) * SLOTS] * len(ended))
         return self.observe(), reward, done, np.zeros(self.num_envs, bool), infos | self.infos()
 
     def infos(self) -> dict[str, np.ndarray]:
@@ -604,7 +610,8 @@ class Morphogenesis(VectorEnv):
             loss[ended], correct[ended] = self.classify(ended, alpha[ended], part)
             loss[diverged], correct[diverged] = 3 * LN, 1 / CLASSES
             bare = np.zeros(self.num_envs)
-            bare[ended] = self.classify(ended, 0 * alpha[ended], part, twins=True)[1].mean(1)
+            bare_loss, bare_correct = self.classify(ended, 0 * alpha[ended], part, twins=True)
+            bare[ended] = np.where(np.isfinite(bare_loss), bare_correct.mean(1), 1 / CLASSES)
             info |= {
                 f"{name}_loss": loss,
                 f"bare_{name}_accuracy": bare,
@@ -638,7 +645,7 @@ class Morphogenesis(VectorEnv):
             *(self.change / scale).T,
             self.plateau / EPOCHS,
             self.best_accuracy,
-            *(stage == i for i in (0, *LIVE)),
+            *(stage == i for i in (0, *LIVE[1:])),
             *(has & (blueprint == i) for i in range(len(BLUEPRINTS))),
             np.where(has, self.seed_age / EPOCHS, 0),
             np.where(live, self.alpha(), 0).max(1),

@@ -54,8 +54,23 @@ def test_training_scores_are_those_of_the_episodes(tamiyo, tmp_path, quick, monk
     result = small_run(tamiyo, tmp_path)
     tags = scalars(result["run_dir"])
     for (_, logged), episodes in zip(tags["charts/episodic_return"], seen, strict=True):
-        assert logged == pytest.approx(np.mean([episode["return"] for episode in episodes]), rel=1e-5)
-        assert all(episode["length"] == 25 for episode in episodes)
+        assert logged == pytest.approx(np.mean([episode_return for episode_return, _ in episodes]), rel=1e-5)
+        assert all(length == 25 for _, length in episodes)
+
+
+def test_runs_train_on_hosts_of_their_own(tamiyo, tmp_path, quick, monkeypatch):
+    """Different seeds, different hosts; none is one of the evaluation's."""
+    real, seen = hosts.Morphogenesis.begin, []
+    monkeypatch.setattr(
+        hosts.Morphogenesis, "begin", lambda self, n, seed, *rest: seen.append(seed) or real(self, n, seed, *rest)
+    )
+    drawn = []
+    for seed in (1, 2):
+        small_run(tamiyo, tmp_path / str(seed), seed=seed)
+        drawn.append({seed for seed in seen if seed < hosts.HELD_OUT})
+        assert {seed for seed in seen if seed >= hosts.HELD_OUT} == {hosts.HELD_OUT + i for i in range(4)}
+        seen.clear()
+    assert len(drawn[0]) == len(drawn[1]) >= 4 * 4 and not drawn[0] & drawn[1]
 
 
 def test_resume_continues_counters_schedule_and_curve(tamiyo, tmp_path):
@@ -132,6 +147,8 @@ def test_a_signal_saves_says_how_to_go_on_and_exits(tamiyo, tamiyo_path, tmp_pat
 
 WRONG = [
     (["--num-envs", "0"], "--num-envs must be above 0, not 0"),
+    (["--target-kl", "-1"], "--target-kl must be above 0"),
+    (["--seed", str(2**32)], "--seed must be below"),
     (["--reset-every", "-1"], "--reset-every must not be negative"),
     (["--gamma", "1.5"], "--gamma must be at most 1"),
     (["--num-minibatches", "100"], "--num-minibatches must not exceed --num-envs"),
