@@ -125,9 +125,13 @@ def evaluate() -> None:
             better=better,
             **{name: played.info[name] for name in names},
         )
-        print(
-            f"{label}, seed {seed}: {played.returns.mean():.3f} {played.info['test_accuracy'].mean():.4f}", flush=True
-        )
+        temporary.replace(path)
+        accuracy = played.info["test_accuracy"].mean()
+        print(f"{label}, seed {seed}: return {played.returns.mean():.3f}, accuracy {accuracy:.4f}", flush=True)
+
+
+def result(name: str) -> Path:
+    return RESULTS / (f"tamiyo_{name}" if dataset == "digits" else f"tamiyo_{dataset}_{name}")
 
 
 def load_evaluations() -> dict[str, dict[int, dict]]:
@@ -175,14 +179,14 @@ def write_csv(rows: dict[str, dict[int, dict]]) -> None:
         "fossilized",
         "culled",
     ]
-    with open(RESULTS / "tamiyo_hosts.csv", "w", newline="") as file:
+    with open(result("hosts.csv"), "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["row", "seed", "host", *names])
         for label, seeds in rows.items():
             for seed, entry in seeds.items():
                 columns = [entry[name] for name in names]
                 writer.writerows([label, seed, e, *(f"{x[e]:.4g}" for x in columns)] for e in range(len(columns[0])))
-    with open(RESULTS / "tamiyo_culls.csv", "w", newline="") as file:
+    with open(result("culls.csv"), "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["row", "seed", "culls examined", "host better off"])
         for label, seeds in rows.items():
@@ -192,6 +196,8 @@ def write_csv(rows: dict[str, dict[int, dict]]) -> None:
 
 def table(draws: int = 2000) -> None:
     rows = load_evaluations()
+    if not {"LSTM", "plateau heuristic"} <= rows.keys():
+        sys.exit("nothing to compare yet: train and evaluate first")
     write_csv(rows)
     returns = {
         label: np.stack([entry["returns"][:, None] for entry in seeds.values()]) for label, seeds in rows.items()
@@ -217,32 +223,38 @@ def table(draws: int = 2000) -> None:
         better = np.concatenate([entry["better"] for entry in seeds.values()])
         if len(better) >= 50:
             lines.append(f"- {label}: {wilson(better.mean(), len(better))}")
-    (RESULTS / "tamiyo_table.md").write_text("\n".join(lines) + "\n")
+    lines += ["", *curves(returns["plateau heuristic"].mean())]
+    result("table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    curves()
 
 
-def curves() -> None:
-    """Returns of training episodes, mean and range over seeds."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+def curves(heuristic: float) -> list[str]:
+    """Plots the returns of training episodes, mean and range over seeds, and tells when they pass the heuristic's."""
+    lines, rows, figure = [], [], Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
     for i, label in enumerate(CONTROLLERS):
-        runs = [run_of(label, seed) for seed in SEEDS if steps_of(label, seed) >= STEPS]
-        points = []
-        for run in runs:
-            events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-            points.append([(event.step, event.value) for event in events.Scalars("charts/episodic_return")])
-        if points:
-            steps = np.array(points[0])[:, 0]
-            values = np.array([[value for _, value in curve] for curve in points])  # [seeds, updates]
-            kernel = np.ones(5) / 5
-            smooth = np.array([np.convolve(curve, kernel, "valid") for curve in values])
-            axis.plot(steps[4:] / 25, smooth.mean(0), color=f"C{i}", label=f"{label}, {len(runs)} seeds")
-            axis.fill_between(steps[4:] / 25, smooth.min(0), smooth.max(0), color=f"C{i}", alpha=0.15, linewidth=0)
-    axis.axhline(0, color="black", linewidth=0.5)
-    axis.set(xlabel="hosts trained", ylabel="return of training episodes (0: never grow)")
+        values = []  # [seeds, updates]
+        for seed in SEEDS:
+            if steps_of(label, seed) >= STEPS:
+                events = EventAccumulator(str(run_of(label, seed)), size_guidance={"scalars": 0}).Reload()
+                curve = events.Scalars("charts/episodic_return")
+                values.append([event.value for event in curve])
+                rows += [[label, seed, event.step // 25, f"{event.value:.4f}"] for event in curve]
+        if values:
+            hosts = np.array([event.step for event in curve])[4:] / 25
+            smooth = np.array([np.convolve(curve, np.ones(5) / 5, "valid") for curve in values])
+            axis.plot(hosts, smooth.mean(0), color=f"C{i}", label=f"{label}, {len(values)} seeds")
+            axis.fill_between(hosts, smooth.min(0), smooth.max(0), color=f"C{i}", alpha=0.15, linewidth=0)
+            reached = np.flatnonzero(smooth.mean(0) >= heuristic)
+            when = f"after {hosts[reached[0]]:.0f} hosts" if len(reached) else "never"
+            lines.append(f"- {label}: the mean return of training episodes passes the heuristic's {when}")
+    axis.axhline(heuristic, color="black", linestyle="--", linewidth=1, label="plateau heuristic")
+    axis.set(xlabel="hosts trained", ylabel="return of training episodes (0: nothing grown)")
     axis.legend(fontsize="small")
-    figure.savefig(RESULTS / "tamiyo_curves.png", dpi=110)
+    figure.savefig(result("curves.png"), dpi=110)
+    with open(result("curves.csv"), "w", newline="") as file:
+        csv.writer(file).writerows([["controller", "seed", "hosts", "return"], *rows])
+    return lines
 
 
 def main() -> None:

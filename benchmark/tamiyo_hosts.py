@@ -59,11 +59,20 @@ def plain(epochs: int = 20) -> float:
     return epochs / (time.perf_counter() - started)
 
 
-def training(num_envs: int = 64) -> float:
+def training(*flags: str, num_envs: int = 64) -> float:
     """Meta-episodes per minute of the script, evaluation excluded."""
     with tempfile.TemporaryDirectory() as runs_dir:
-        flags = ["--total-timesteps", str(8 * 25 * num_envs), "--eval-episodes", "1", "--runs-dir", runs_dir]
-        command = [sys.executable, "ppo_lstm_tamiyo.py", "--num-envs", str(num_envs), "--checkpoint-every", "0", *flags]
+        few = ["--total-timesteps", str(8 * 25 * num_envs), "--num-envs", str(num_envs), "--eval-episodes", "1"]
+        command = [
+            sys.executable,
+            "ppo_lstm_tamiyo.py",
+            *few,
+            "--checkpoint-every",
+            "0",
+            "--runs-dir",
+            runs_dir,
+            *flags,
+        ]
         out = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, check=True).stdout
     return json.loads(out.splitlines()[-1])["sps"] / 25 * 60
 
@@ -75,7 +84,8 @@ def main() -> None:
         for grow in (False, True):
             name = f"batched, {num_envs} hosts, {'with modules' if grow else 'bare'}"
             ways[name] = lambda n=num_envs, g=grow: batched(n, g)
-    ways["training run: episodes per minute"] = training
+    ways["episodes per minute of training, LSTM"] = training
+    ways["episodes per minute of training, MLP"] = lambda: training("--no-recurrent")
     figures = {name: [] for name in ways}
     for _ in range(3):
         for name, way in ways.items():
