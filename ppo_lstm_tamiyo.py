@@ -284,7 +284,7 @@ class Agent(nn.Module):
     def heads(self, features: Tensor, action_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         features = self.norm(features)
         logits = self.actor(features)  # [..., A]
-        if action_mask is not None:
+        if action_mask is not None:  # detail 7
             logits = logits.masked_fill(~action_mask, torch.finfo(logits.dtype).min)
         return logits, self.critic(features).squeeze(-1)
 
@@ -433,6 +433,7 @@ def collect(
             rollout.next_obs[t, n] = final_observation(envs, infos, n, device)
             episodes.append((float(carry.returns[n]), int(carry.lengths[n])))
             carry.returns[n], carry.lengths[n] = 0, 0
+        # detail 6: where an episode ends, and every so many steps if asked for
         forget = terminated | truncated | (carry.lengths % reset_every == 0 if reset_every else False)
         carry.start = torch.from_numpy(forget).to(device)
         carry.state = state.masked_fill(carry.start[:, None, None, None], 0)
@@ -547,7 +548,7 @@ SCHEDULE = ((0, 0), (0, 4))  # (first epoch, blueprint) to germinate in turn: th
 def reference_action(policy: str, obs: np.ndarray, mask: np.ndarray, grown: np.ndarray, rng: np.random.Generator):
     """Actions [N] of a fixed rule, for observations [N, D], action masks [N, A] and germinations so far [N]. All but
     `random` make permanent what they may; only `heuristic` looks before it does, grows when the validation loss stands
-    still, and takes the blueprints in turn."""
+    still, and takes the blueprints in turn (detail 11)."""
     if policy == "random":
         return np.where(mask, rng.random(mask.shape), -1).argmax(-1)
     now = dict(zip(OBSERVATION, obs.T, strict=False))
@@ -581,82 +582,60 @@ class Episodes(NamedTuple):
 
 
 @torch.no_grad()
-def play(args: Args, seeds: list[int], new_policy: Callable, modules: np.ndarray | None = None) -> Episodes:
-    """Plays `num_envs` episodes at a time. `new_policy(e)` [n] numbers of episodes -> a function that chooses their
-    actions: step, obs [n, D], action mask [n, A] -> [n]."""
-    device, parts = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu"), []
-    for first in range(0, len(seeds), args.num_envs):
-        chunk = np.arange(first, min(first + args.num_envs, len(seeds)))
-        envs, choose = make_envs(args, len(chunk)), new_policy(chunk)
-        options = None if modules is None else {"modules": modules[chunk]}
-        obs, infos = envs.reset(seed=[seeds[e] for e in chunk], options=options)
-        running, actions, stages, closing = np.ones(len(chunk), bool), [], [], [{} for _ in chunk]
-        returns, lengths = np.zeros(len(chunk)), np.zeros(len(chunk), int)
-        while running.any():
-            flat, action_mask = observe(envs, obs, infos, device)
-            action = np.asarray(choose(len(actions), flat, action_mask))
-            actions.append(np.where(running, action, -1))
-            stages.append(infos.get("stage", np.zeros((len(chunk), 0), int)).copy())
-            obs, reward, terminated, truncated, infos = envs.step(action + envs.single_action_space.start)
-            returns, lengths = returns + np.where(running, reward, 0), lengths + running
-            for n in np.flatnonzero((terminated | truncated) & running):
-                arrays = {name: x for name, x in infos["final_info"].items() if isinstance(x, np.ndarray)}
-                closing[n] = {name: x[n] for name, x in arrays.items()}
-            running &= ~(terminated | truncated)
-        envs.close()
-        parts.append((returns, lengths, actions, stages, closing))
-    longest = max(len(actions) for _, _, actions, _, _ in parts)
-
-    def join(which: int) -> np.ndarray:  # [E, T, ...]
-        padded = [np.stack(part[which], 1) for part in parts]
-        padded = [
-            np.pad(x, [(0, 0), (0, longest - x.shape[1])] + [(0, 0)] * (x.ndim - 2), constant_values=-1) for x in padded
-        ]
-        return np.concatenate(padded)
-
-    closing = [entry for part in parts for entry in part[4]]
+def play(args: Args, seeds: list[int], choose: Callable, modules: np.ndarray | None = None) -> Episodes:
+    """One episode for each seed, side by side. `choose` gives their actions [E]: of the step, obs [E, D] and action
+    masks [E, A]. Hosts may start with permanent `modules` [E, SLOTS]."""
+    envs = make_envs(args, len(seeds))
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    obs, infos = envs.reset(seed=seeds, options=None if modules is None else {"modules": modules})
+    running, actions, stages, closing = np.ones(len(seeds), bool), [], [], [{} for _ in seeds]
+    returns, lengths = np.zeros(len(seeds)), np.zeros(len(seeds), int)
+    while running.any():
+        flat, action_mask = observe(envs, obs, infos, device)
+        action = choose(len(actions), flat, action_mask)
+        actions.append(np.where(running, action, -1))
+        stages.append(infos.get("stage", np.zeros((len(seeds), 0), int)))
+        obs, reward, terminated, truncated, infos = envs.step(action + envs.single_action_space.start)
+        returns, lengths = returns + np.where(running, reward, 0), lengths + running
+        for n in np.flatnonzero((terminated | truncated) & running):
+            arrays = {name: x for name, x in infos["final_info"].items() if isinstance(x, np.ndarray)}
+            closing[n] = {name: x[n] for name, x in arrays.items()}
+        running &= ~(terminated | truncated)
+    envs.close()
     known = set.intersection(*map(set, closing))
     info = {name: np.stack([entry[name] for entry in closing]) for name in known}
-    returns, lengths = (np.concatenate([part[i] for part in parts]) for i in range(2))
-    return Episodes(returns, lengths, join(2), join(3), info)
+    return Episodes(returns, lengths, np.stack(actions, 1), np.stack(stages, 1), info)
 
 
 def evaluate(agent: Agent | None, args: Args, policy: str = "learned", reset_every: int | None = None) -> Episodes:
     """Plays `eval_episodes` episodes whose seeds are not trained on, the same ones whatever `seed` is. The learned
-    policy's state is zeroed every so many steps (default: as in training; 1: memoryless)."""
+    policy's state is zeroed every so many steps (default: as in training; 1: memoryless) (detail 10)."""
     seeds = [HELD_OUT + i for i in range(args.eval_episodes)]
-    reset_every = args.reset_every if reset_every is None else reset_every
-    modules = None
-    if policy == "static":
-        modules = evaluate(agent, args).info["modules"]
+    if policy == "learned":
+        return play(args, seeds, learned_policy(agent, args, args.reset_every if reset_every is None else reset_every))
+    modules = evaluate(agent, args).info["modules"] if policy == "static" else None
+    grown, rng = np.zeros(len(seeds), int), np.random.default_rng(args.seed)
 
-    def learned(chunk: np.ndarray) -> Callable:
-        state = agent.initial_state(len(chunk))
-        generator = (
-            None if args.eval_deterministic else torch.Generator(state.device).manual_seed(args.seed + int(chunk[0]))
-        )
+    def choose(t: int, obs: Tensor, action_mask: Tensor) -> np.ndarray:
+        action = reference_action(policy, obs.cpu().numpy(), action_mask.cpu().numpy(), grown, rng)
+        grown[:] += (action >= GERMINATE) & (action < FOSSILIZE)
+        return action
 
-        def choose(t: int, obs: Tensor, action_mask: Tensor | None) -> np.ndarray:
-            nonlocal state
-            if reset_every and t % reset_every == 0:
-                state = torch.zeros_like(state)
-            logits, _, state = agent.step(obs, state, action_mask)
-            return sample(logits, generator)[0].cpu().numpy()
+    return play(args, seeds, choose, modules)
 
-        return choose
 
-    def fixed(chunk: np.ndarray) -> Callable:
-        grown, rng = np.zeros(len(chunk), int), np.random.default_rng([args.seed, chunk[0]])
+def learned_policy(agent: Agent, args: Args, reset_every: int) -> Callable:
+    state = agent.initial_state(args.eval_episodes)
+    generator = None if args.eval_deterministic else torch.Generator(state.device).manual_seed(args.seed)
 
-        def choose(t: int, obs: Tensor, action_mask: Tensor | None) -> np.ndarray:
-            nonlocal grown
-            action = reference_action(policy, obs.cpu().numpy(), action_mask.cpu().numpy(), grown, rng)
-            grown = grown + ((action >= GERMINATE) & (action < FOSSILIZE))
-            return action
+    def choose(t: int, obs: Tensor, action_mask: Tensor | None) -> np.ndarray:
+        nonlocal state
+        if reset_every and t % reset_every == 0:
+            state = torch.zeros_like(state)
+        logits, _, state = agent.step(obs, state, action_mask)
+        return sample(logits, generator)[0].cpu().numpy()
 
-        return choose
-
-    return play(args, seeds, learned if policy == "learned" else fixed, modules)
+    return choose
 
 
 def cull_outcomes(args: Args, episodes: Episodes, most: int = 100) -> np.ndarray:
@@ -666,21 +645,17 @@ def cull_outcomes(args: Args, episodes: Episodes, most: int = 100) -> np.ndarray
     Better is the higher accuracy on the test images, or the lower loss if that is the same (detail 12)."""
     culls = np.argwhere(episodes.actions == CULL)  # [C, 2] episode, step
     culls = np.random.default_rng(args.seed).permutation(culls)[:most]
-    plans, keeps = episodes.actions[culls[:, 0]].repeat(2, 0), np.arange(2 * len(culls)) % 2 == 1  # [2 C, T], [2 C]
-    when = culls[:, 1].repeat(2)
-
-    def new_policy(chunk: np.ndarray) -> Callable:
-        def choose(t: int, obs: Tensor, action_mask: Tensor) -> np.ndarray:
-            fossilize = keeps[chunk] & action_mask[:, FOSSILIZE].cpu().numpy() & (t > when[chunk])
-            planned = (t < when[chunk]) | (t == when[chunk]) & ~keeps[chunk]
-            return np.where(planned, plans[chunk, t], np.where(fossilize, FOSSILIZE, WAIT))
-
-        return choose
-
     if not len(culls):
         return np.zeros(0, bool)
-    seeds = [HELD_OUT + int(e) for e in culls[:, 0].repeat(2)]
-    info = play(args, seeds, new_policy).info
+    episode, when = culls.repeat(2, 0).T  # each [2 C], for the host that loses the seed and the one that keeps it
+    keeps = np.arange(len(when)) % 2 == 1
+
+    def choose(t: int, obs: Tensor, action_mask: Tensor) -> np.ndarray:
+        planned = (t < when) | (t == when) & ~keeps
+        fossilize = keeps & (t > when) & action_mask[:, FOSSILIZE].cpu().numpy()
+        return np.where(planned, episodes.actions[episode, t], np.where(fossilize, FOSSILIZE, WAIT))
+
+    info = play(args, [HELD_OUT + int(e) for e in episode], choose).info
     names = ("test_accuracy", "test_loss", "fossilized")
     (culled, kept), (culled_loss, kept_loss), permanent = (info[name].reshape(-1, 2).T for name in names)
     better = (culled > kept) | ((culled == kept) & (culled_loss < kept_loss))
@@ -718,9 +693,8 @@ class Progress:
     update: int = 0
     best: float = -math.inf  # mean return of the best evaluation
     recent: list[float] = field(default_factory=list)  # returns of the last 100 training episodes
-    reference: dict[str, float] = field(
-        default_factory=dict
-    )  # what other policies reach on the hosts of the evaluation
+    # what other policies reach on the hosts of the evaluation
+    reference: dict[str, float] = field(default_factory=dict)
 
 
 def save(path: Path, parts: dict, progress: Progress, args: Args) -> None:
@@ -745,16 +719,8 @@ def load(path: str | Path, args: Args | None = None) -> dict:
         raise InputError(f"{path} is not a checkpoint: {problem}") from error
     if unknown := set(saved) ^ {item.name for item in fields(Args)}:
         raise InputError(f"{path} is a checkpoint of another script, with or without {', '.join(sorted(unknown))}")
-    same = [
-        "env_id",
-        "env_kwargs",
-        "dataset",
-        "recurrent",
-        "lstm_hidden",
-        "lstm_layers",
-        "lstm_layer_norm",
-        "reset_every",
-    ]
+    same = ["env_id", "env_kwargs", "dataset", "recurrent", "lstm_hidden", "lstm_layers", "lstm_layer_norm"]
+    same += ["reset_every"]
     for name in same if args else ():
         if saved[name] != getattr(args, name):
             raise InputError(f"{path} has {name} {saved[name]}, not {getattr(args, name)}")
@@ -905,7 +871,7 @@ def train(args: Args) -> dict:
         return {} if rank > 0 else summary(assess(None, args, None, None, 0), Progress(), args, None)
     envs = make_envs(args, args.num_envs)
     names = entry_names(envs.single_observation_space)
-    torch.manual_seed(args.seed)  # initial weights; whatever is random later draws from a generator
+    torch.manual_seed(args.seed)  # initial weights; whatever is random later draws from a generator (detail 13)
     agent = Agent(len(names), envs.single_action_space, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
     rng = torch.Generator(device).manual_seed(args.seed + rank)
@@ -978,7 +944,7 @@ def train(args: Args) -> dict:
             if episodes:
                 scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0)
             if log:
-                scalars["losses/first_ratio_error"] = error = float(log[0]["ratio_error"])
+                scalars["losses/first_ratio_error"] = error = float(log[0]["ratio_error"])  # detail 4
                 if error > 1e-3:
                     warnings.warn("rollout and update compute different log-probabilities", stacklevel=1)
             scalars["losses/explained_variance"] = 1 - float((returns - rollout.value).var() / returns.var())

@@ -23,18 +23,14 @@ def value(schedule: tuple) -> np.ndarray:
     """Returns [HOSTS]."""
     tamiyo.SCHEDULE = schedule
 
-    def new_policy(chunk: np.ndarray):
-        grown = np.zeros(len(chunk), int)
+    grown, rng = np.zeros(HOSTS, int), np.random.default_rng(0)
 
-        def choose(t: int, obs: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
-            nonlocal grown
-            action = tamiyo.reference_action("schedule", obs.numpy(), mask.numpy(), grown, np.random.default_rng(0))
-            grown = grown + ((action >= GERMINATE) & (action < FOSSILIZE))
-            return action
+    def choose(t: int, obs: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
+        action = tamiyo.reference_action("schedule", obs.numpy(), mask.numpy(), grown, rng)
+        grown[:] += (action >= GERMINATE) & (action < FOSSILIZE)
+        return action
 
-        return choose
-
-    return tamiyo.play(tamiyo.Args(num_envs=HOSTS), list(range(10_000, 10_000 + HOSTS)), new_policy).returns
+    return tamiyo.play(tamiyo.Args(cuda=False), list(range(10_000, 10_000 + HOSTS)), choose).returns
 
 
 def main() -> None:
