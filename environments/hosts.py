@@ -331,12 +331,8 @@ class Morphogenesis(VectorEnv):
 
         # what a host is
         self.next_seed = [np.random.default_rng() for _ in range(num_envs)]  # draw the hosts behind the first
-        self.seeds, self.width, self.learning_rate, self.label_noise = (
-            zeros(dtype=int),
-            zeros(dtype=int),
-            zeros(),
-            zeros(),
-        )
+        self.seeds, self.width = zeros(dtype=int), zeros(dtype=int)
+        self.learning_rate, self.label_noise = zeros(), zeros()
         self.unsound = zeros(len(BLUEPRINTS), dtype=bool)
         self.subset: list[np.ndarray] = [np.empty(0)] * num_envs  # its training images
         self.batches: list[np.random.Generator] = [np.random.default_rng()] * num_envs  # draws its minibatches
@@ -374,17 +370,9 @@ class Morphogenesis(VectorEnv):
             contrast[n] = torch.from_numpy(np.exp(varies * rng.normal(size=contrast.shape[1])))
         self.unsound[n] = rng.random(len(BLUEPRINTS)) < UNSOUND
         self.momentum[[n, n + self.num_envs]] = 0
-        for array in (self.weights, self.direction, self.stage, self.age, self.seed_age, self.epoch):
+        for array in (self.weights, self.direction, self.stage, self.age, self.seed_age, self.epoch, self.plateau):
             array[n] = 0
-        for array in (
-            self.germinations,
-            self.culls,
-            self.plateau,
-            self.contribution,
-            self.paid,
-            self.potential,
-            self.change,
-        ):
+        for array in (self.germinations, self.culls, self.contribution, self.paid, self.change):
             array[n] = 0
         self.fill(n, 0, *(shapes_of(width, self.patch) for width in (int(self.width[n]), WIDTH)), rng)
         self.weights[n + self.num_envs] = self.weights[n]
@@ -429,6 +417,7 @@ class Morphogenesis(VectorEnv):
         return next((slot for slot in range(SLOTS) if self.stage[n, slot] in LIVE), None)
 
     def act(self, n: int, action: int) -> None:
+        """Anything but WAIT: moves a slot along BY_ACTION."""
         name = "GERMINATE" if GERMINATE <= action < FOSSILIZE else ACTIONS[action]
         slot = int(np.argmin(self.stage[n])) if name == "GERMINATE" else self.live(n)
         self.stage[n, slot], self.age[n, slot] = BY_ACTION[Stage(self.stage[n, slot]), name], 0
@@ -451,10 +440,10 @@ class Morphogenesis(VectorEnv):
         whole = np.isin(self.stage, (Stage.HOLDING, Stage.FOSSILIZED))
         return np.where(whole, 1.0, np.where(self.stage == Stage.BLENDING, blended, 0.0))
 
-    def parameter_ratio(self) -> np.ndarray:
-        """[N] parameters of all modules that live or are permanent / parameters of the host."""
+    def parameter_ratio(self, stages: tuple[Stage, ...] = (*LIVE, Stage.FOSSILIZED)) -> np.ndarray:
+        """[N] parameters of all modules in these stages / parameters of the host."""
         host = self.direction[:, : self.module[0].start].sum(1).numpy()
-        held = np.isin(self.stage, (*LIVE, Stage.FOSSILIZED))
+        held = np.isin(self.stage, stages)
         modules = np.stack([(self.direction[:, part] != 0).sum(1).numpy() for part in self.module], 1)
         return (modules * held).sum(1) / host
 
@@ -625,7 +614,7 @@ class Morphogenesis(VectorEnv):
             "germinations": self.germinations.copy(),
             "culled": self.culls.copy(),
             "diverged": diverged,
-            "parameter_ratio": self.parameter_ratio(),
+            "parameter_ratio": self.parameter_ratio((Stage.FOSSILIZED,)),
         }
 
     def history_values(self) -> np.ndarray:

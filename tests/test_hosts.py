@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toys import tiny_hosts
 
 from environments import hosts
 from environments.hosts import ACTIONS, BLUEPRINTS, CULL, FOSSILIZE, GERMINATE, OBSERVATION, WAIT, Morphogenesis, Stage
@@ -23,9 +24,7 @@ def float64():
 
 @pytest.fixture
 def few(monkeypatch):
-    """Epochs of three small minibatches."""
-    monkeypatch.setattr(hosts, "MINIBATCHES", 3)
-    monkeypatch.setattr(hosts, "BATCH_SIZE", 8)
+    tiny_hosts(monkeypatch, minibatches=3)
 
 
 def random_actions(mask, rng, waiting=0.5):
@@ -88,7 +87,8 @@ class SlowHost:
         pixels, labels = pixels[order].reshape(-1, 1, 8, 8), labels[order]
         pixels = torch.tensor((pixels - pixels[:897].mean()) / pixels[:897].std()).to(torch.get_default_dtype())
         self.train = pixels[:897], env.labels[n].clone(), env.contrast[0][n].clone()
-        self.validation = pixels[897:1257], torch.tensor(labels[897:1257]), env.contrast[1][n].clone()
+        last = 897 + len(env.images.validation[1])
+        self.validation = pixels[897:last], torch.tensor(labels[897:last]), env.contrast[1][n].clone()
         self.subset, self.learning_rate = env.subset[n], float(env.learning_rate[n])
         self.draws = np.random.default_rng([int(env.seeds[n]), 1])
         shapes = [hosts.shapes_of(width, 9) for width in (int(env.width[n]), hosts.WIDTH)]
@@ -343,8 +343,7 @@ def allowed_by_hand(stages):
 @given(st.integers(0, 2**20))
 def test_random_lives_follow_the_rules(seed):
     rng, patch = np.random.default_rng(seed), pytest.MonkeyPatch()
-    patch.setattr(hosts, "MINIBATCHES", 1)
-    patch.setattr(hosts, "BATCH_SIZE", 2)
+    tiny_hosts(patch, minibatches=1)
     env = Morphogenesis(32)
     obs, infos = env.reset(seed=seed)
     names, order, walked = np.array([stage.name for stage in Stage]), list(OBSERVATION), set()
@@ -459,7 +458,7 @@ def test_reward_by_hand(few, monkeypatch):
     env.reset(seed=8)
     plan = np.zeros((25, 3), int)
     plan[0], plan[8, 0], plan[10, 1] = [GERMINATE + 3] * 3, FOSSILIZE, CULL
-    paid = np.zeros(3)
+    paid = ratio = np.zeros(3)
     for t, actions in enumerate(plan):
         level_before = env.paid.copy()
         _, reward, done, _, infos = env.step(actions)
@@ -469,13 +468,14 @@ def test_reward_by_hand(few, monkeypatch):
             level[:] = 0
             final = infos["final_info"]["validation_accuracy"] - infos["final_info"]["bare_validation_accuracy"]
         change = level - np.where(actions == FOSSILIZE, 0, level_before)
-        paid += change
-        ratio = infos["final_info"]["parameter_ratio"] if done.all() else env.parameter_ratio()
+        paid = paid + change
+        ratio = ratio if done.all() else env.parameter_ratio()  # the last step changes nothing
         expected = 10 * final + 0.3 * change - 0.003 * ratio - 0.01 * (actions != WAIT)
         np.testing.assert_allclose(reward, expected, atol=1e-12)
         if t == 8:
             earned = level_before[0]
     np.testing.assert_allclose(paid, [earned, 0, 0], atol=1e-12)
+    np.testing.assert_allclose(infos["final_info"]["parameter_ratio"], [ratio[0], 0, 0])
 
 
 def test_what_is_not_permanent_is_lost_at_the_end(few):
@@ -490,12 +490,10 @@ def test_what_is_not_permanent_is_lost_at_the_end(few):
             np.array([[GERMINATE + 4, GERMINATE + 4], [WAIT, FOSSILIZE]][t > 0] if t in (0, 8) else [WAIT, WAIT])
         )
     last.train_epoch()
-    images, labels = last.images.test
     for n, alpha in enumerate([[0, 0], [1, 0]]):
         _, correct = last.classify(np.array([n]), np.array([alpha], float), 2)
         np.testing.assert_array_equal(infos["final_info"]["test_correct"][n], correct[0])
     assert infos["final_info"]["modules"].tolist() == [[-1, -1], [4, -1]]
-    assert len(images) == len(labels) == 540
 
 
 def test_a_seed_determines_everything_but_the_actions(few):
@@ -519,6 +517,13 @@ def test_history_repeats_the_last_values(few):
     columns = [order.index(name) for name in hosts.HISTORY]
     expected = np.concatenate([past[:, columns] for past in seen[-5:]], 1)
     np.testing.assert_array_equal(obs[:, len(OBSERVATION) :], expected)
+
+
+def test_the_split_of_the_digits():
+    images = Morphogenesis(1).images
+    assert [len(labels) for _, labels in images] == [897, 360, 540] and images.train[0].shape == (897, 16, 9)
+    pixels = torch.cat([patches for patches, _ in images]).flatten(1)
+    assert len(pixels.unique(dim=0)) == 1797  # no image is in two parts
 
 
 def test_cifar10_hosts(few, monkeypatch):

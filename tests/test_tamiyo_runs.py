@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from test_faults import assert_refused, checkpoints_equal, environment, run, start, wait_for_checkpoint
-from toys import same_but_for_time, scalars
+from toys import same_but_for_time, scalars, tiny_hosts
 
 from environments import hosts
 
@@ -21,8 +21,7 @@ TOY["env_kwargs"] = json.dumps({"lengths": [5, 9, 30], "ends": ["terminated", "t
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(hosts, "MINIBATCHES", 2)
-    monkeypatch.setattr(hosts, "BATCH_SIZE", 8)
+    tiny_hosts(monkeypatch, minibatches=2)
 
 
 def small_run(tamiyo, folder, **changes):

@@ -93,6 +93,22 @@ def same_but_for_time(a: dict, b: dict) -> None:
         np.testing.assert_array_equal(a[tag], b[tag], err_msg=tag)
 
 
+def tiny_hosts(monkeypatch, minibatches: int) -> None:
+    """Epochs of a few small minibatches, and 60 images for validation and test."""
+    from environments import hosts
+
+    real = hosts.load_images
+
+    def load_images(*args):
+        images = real(*args)
+        cut = {part: tuple(x[:60] for x in getattr(images, part)) for part in ("validation", "test")}
+        return images._replace(**cut)
+
+    monkeypatch.setattr(hosts, "load_images", load_images)
+    monkeypatch.setattr(hosts, "MINIBATCHES", minibatches)
+    monkeypatch.setattr(hosts, "BATCH_SIZE", 8)
+
+
 def gradients(loss: torch.Tensor, agent: torch.nn.Module) -> torch.Tensor:
     agent.zero_grad()
     loss.backward()
