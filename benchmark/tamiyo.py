@@ -14,6 +14,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import multiprocessing
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -88,46 +89,34 @@ def agent_of(label: str, seed: int) -> tuple[tamiyo.Agent, tamiyo.Args]:
     return agent, args
 
 
-def evaluations() -> dict[tuple[str, int], tuple]:
-    """{(row of the table, seed): (agent, args, policy, reset_every, examine its culls?)}"""
-    plain = tamiyo.Args(eval_episodes=HOSTS, cuda=False, dataset=dataset)
-    todo = {(label, 0): (None, plain, policy, None, policy == "random") for label, policy in POLICIES.items()}
-    for label in CONTROLLERS:
-        for seed in SEEDS:
-            if steps_of(label, seed) >= STEPS:
-                agent, args = agent_of(label, seed)
-                todo[label, seed] = agent, args, "learned", None, True
-                if label == "LSTM":
-                    todo[STATIC, seed] = agent, args, "static", None, False
-                    for k in (1, 4, 8):
-                        todo[f"LSTM, its state reset every {k}", seed] = agent, args, "learned", k, False
-    return todo
+def evaluations() -> list[tuple]:
+    """(row of the table, seed, controller, policy, reset_every, examine its culls?)"""
+    todo = [(label, 0, None, policy, None, policy == "random") for label, policy in POLICIES.items()]
+    for label, seed in [(label, seed) for label in CONTROLLERS for seed in SEEDS if steps_of(label, seed) >= STEPS]:
+        todo.append((label, seed, label, "learned", None, True))
+        if label == "LSTM":
+            todo.append((STATIC, seed, label, "static", None, False))
+            todo += [(f"LSTM, its state reset every {k}", seed, label, "learned", k, False) for k in (1, 4, 8)]
+    return [job for job in todo if not (place(*job[:2]) / "evaluation.npz").exists()]
 
 
-def evaluate() -> None:
-    """Keeps what is there already; the images that each host got right are in one file for each row."""
+def evaluate_one(job: tuple) -> None:
+    """Writes what each host got right to a file, which is there whole or not at all."""
+    label, seed, controller, policy, reset_every, culls = job
     torch.set_num_threads(1)
-    for (label, seed), (agent, args, policy, reset_every, culls) in evaluations().items():
-        path = place(label, seed) / "evaluation.npz"
-        if path.exists():
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name("unfinished.npz")
-        played = tamiyo.evaluate(agent, args, policy, reset_every)
-        better = tamiyo.cull_outcomes(args, played) if culls else np.zeros(0, bool)
-        names = ("test_accuracy", "validation_accuracy", "parameter_ratio", "germinations", "fossilized", "culled")
-        np.savez_compressed(
-            temporary,
-            label=label,
-            seed=seed,
-            returns=played.returns,
-            correct=played.info["test_correct"].astype(np.float32),
-            better=better,
-            **{name: played.info[name] for name in names},
-        )
-        temporary.replace(path)
-        accuracy = played.info["test_accuracy"].mean()
-        print(f"{label}, seed {seed}: return {played.returns.mean():.3f}, accuracy {accuracy:.4f}", flush=True)
+    plain = tamiyo.Args(eval_episodes=HOSTS, cuda=False, dataset=dataset)
+    agent, args = agent_of(controller, seed) if controller else (None, plain)
+    played = tamiyo.evaluate(agent, args, policy, reset_every)
+    better = tamiyo.cull_outcomes(args, played) if culls else np.zeros(0, bool)
+    names = ("test_accuracy", "validation_accuracy", "parameter_ratio", "germinations", "fossilized", "culled")
+    figures = {name: played.info[name] for name in names} | {"returns": played.returns, "better": better}
+    figures["correct"] = played.info["test_correct"].astype(np.float32)
+    path = place(label, seed)
+    path.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path / "unfinished.npz", label=label, seed=seed, **figures)
+    (path / "unfinished.npz").replace(path / "evaluation.npz")
+    accuracy = played.info["test_accuracy"].mean()
+    print(f"{label}, seed {seed}: return {played.returns.mean():.3f}, accuracy {accuracy:.4f}", flush=True)
 
 
 def result(name: str) -> Path:
@@ -260,7 +249,7 @@ def curves(heuristic: float) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=["train", "evaluate", "table"])
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings or evaluations at a time")
     parser.add_argument("--dataset", default="digits", choices=["digits", "cifar10"])
     parser.add_argument("--controllers", nargs="*", default=list(CONTROLLERS), choices=list(CONTROLLERS))
     args = parser.parse_args()
@@ -270,7 +259,8 @@ def main() -> None:
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda job: train_one(*job), [(label, seed) for seed in SEEDS for label in args.controllers]))
     elif args.step == "evaluate":
-        evaluate()
+        with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
+            pool.map(evaluate_one, evaluations(), chunksize=1)
     else:
         table()
 
