@@ -62,7 +62,7 @@ def plain(epochs: int = 20) -> float:
 def training(*flags: str, num_envs: int = 64) -> float:
     """Meta-episodes per minute of the script, evaluation excluded."""
     with tempfile.TemporaryDirectory() as runs_dir:
-        few = ["--total-timesteps", str(8 * 25 * num_envs), "--num-envs", str(num_envs), "--eval-episodes", "1"]
+        few = ["--total-timesteps", str(3 * 25 * num_envs), "--num-envs", str(num_envs), "--eval-episodes", "1"]
         command = [
             sys.executable,
             "ppo_lstm_tamiyo.py",
