@@ -545,7 +545,9 @@ def ppo_loss(
 SCHEDULE = ((0, 0), (0, 4))  # (first epoch, blueprint) to germinate in turn: the best of benchmark/tamiyo_schedule.py
 
 
-def reference_action(policy: str, obs: np.ndarray, mask: np.ndarray, grown: np.ndarray, rng: np.random.Generator):
+def reference_action(
+    policy: str, obs: np.ndarray, mask: np.ndarray, grown: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
     """Actions [N] of a fixed rule, for observations [N, D], action masks [N, A] and germinations so far [N]. All but
     `random` make permanent what they may; only `heuristic` looks before it does, grows when the validation loss stands
     still, and takes the blueprints in turn (detail 11)."""

@@ -4,7 +4,7 @@
     python benchmark/tamiyo.py evaluate     # everything that is trained, on the same held-out hosts
     python benchmark/tamiyo.py table        # results/tamiyo_*: table.md, hosts.csv, culls.csv, curves.csv, curves.png
 
-Trainings are independent processes of one thread, `--jobs` of them at a time, in benchmark/runs/tamiyo/. CIFAR-10
+Trainings are independent processes of one thread, `--jobs` of them at a time, in benchmark/runs/. CIFAR-10
 instead of digits, and only the first two controllers:
 
     python benchmark/tamiyo.py train --dataset cifar10 --controllers LSTM MLP      # then evaluate, table
@@ -46,6 +46,14 @@ POLICIES = {  # label: `--policy`
     "best schedule": "schedule",
     "plateau heuristic": "heuristic",
 }
+FIGURES = (
+    "test_accuracy",
+    "validation_accuracy",
+    "parameter_ratio",
+    "germinations",
+    "fossilized",
+    "culled",
+)  # of a host
 RUNS, RESULTS = HERE / "runs", HERE / "results"
 dataset = "digits"
 
@@ -108,8 +116,7 @@ def evaluate_one(job: tuple) -> None:
     agent, args = agent_of(controller, seed) if controller else (None, plain)
     played = tamiyo.evaluate(agent, args, policy, reset_every)
     better = tamiyo.cull_outcomes(args, played) if culls else np.zeros(0, bool)
-    names = ("test_accuracy", "validation_accuracy", "parameter_ratio", "germinations", "fossilized", "culled")
-    figures = {name: played.info[name] for name in names} | {"returns": played.returns, "better": better}
+    figures = {name: played.info[name] for name in FIGURES} | {"returns": played.returns, "better": better}
     figures["correct"] = played.info["test_correct"].astype(np.float32)
     path = place(label, seed)
     path.mkdir(parents=True, exist_ok=True)
@@ -159,15 +166,7 @@ def wilson(p: float, n: int) -> str:
 
 
 def write_csv(rows: dict[str, dict[int, dict]]) -> None:
-    names = [
-        "returns",
-        "test_accuracy",
-        "validation_accuracy",
-        "parameter_ratio",
-        "germinations",
-        "fossilized",
-        "culled",
-    ]
+    names = ("returns", *FIGURES)
     with open(result("hosts.csv"), "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["row", "seed", "host", *names])

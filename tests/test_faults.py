@@ -326,6 +326,18 @@ def test_a_non_finite_loss_stops_before_the_weights_change(script, tmp_path, mon
 # --- two processes
 
 
+def assert_two_processes_match_one(driver: Path) -> None:
+    """The driver saves its final weights beside itself as weights_{processes}_{rank}.pt."""
+    one = subprocess.run([sys.executable, str(driver)], env=environment(), capture_output=True, text=True, timeout=120)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(driver)]
+    two = subprocess.run(torchrun, env=environment(), capture_output=True, text=True, timeout=180)
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    alone, first, second = (torch.load(driver.parent / f"weights_{name}.pt") for name in ("1_0", "2_0", "2_1"))
+    assert checkpoints_equal(dict(first), dict(second))
+    for name, x in alone.items():
+        torch.testing.assert_close(first[name], x, atol=2e-4, rtol=1e-3)
+
+
 def test_two_processes_match_one_with_the_same_data(script, script_path, tmp_path):
     """Actions are the likeliest ones, so that the data do not depend on which process draws which random number."""
     driver = tmp_path / "driver.py"
@@ -349,11 +361,4 @@ args = script.Args(
 result = script.train(args)
 torch.save(agents[0].state_dict(), {str(tmp_path)!r} + f"/weights_{{world}}_{{os.environ.get('RANK', 0)}}.pt")
 """)
-    one = subprocess.run([sys.executable, str(driver)], env=environment(), capture_output=True, text=True, timeout=120)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(driver)]
-    two = subprocess.run(torchrun, env=environment(), capture_output=True, text=True, timeout=180)
-    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
-    alone, first, second = (torch.load(tmp_path / f"weights_{name}.pt") for name in ("1_0", "2_0", "2_1"))
-    assert checkpoints_equal(dict(first), dict(second))
-    for name, x in alone.items():
-        torch.testing.assert_close(first[name], x, atol=2e-4, rtol=1e-3)
+    assert_two_processes_match_one(driver)

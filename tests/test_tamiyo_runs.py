@@ -3,13 +3,11 @@
 import dataclasses
 import json
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from test_faults import assert_refused, checkpoints_equal, environment, run, start, wait_for_checkpoint
+from test_faults import assert_refused, assert_two_processes_match_one, run, start, wait_for_checkpoint
 from toys import same_but_for_time, scalars, tiny_hosts
 
 from environments import hosts
@@ -218,11 +216,4 @@ args = script.Args(
 result = script.train(args)
 torch.save(agents[0].state_dict(), {str(tmp_path)!r} + f"/weights_{{world}}_{{rank}}.pt")
 """)
-    one = subprocess.run([sys.executable, str(driver)], env=environment(), capture_output=True, text=True, timeout=120)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(driver)]
-    two = subprocess.run(torchrun, env=environment(), capture_output=True, text=True, timeout=180)
-    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
-    alone, first, second = (torch.load(tmp_path / f"weights_{name}.pt") for name in ("1_0", "2_0", "2_1"))
-    assert checkpoints_equal(dict(first), dict(second))
-    for name, x in alone.items():
-        torch.testing.assert_close(first[name], x, atol=2e-4, rtol=1e-3)
+    assert_two_processes_match_one(driver)
