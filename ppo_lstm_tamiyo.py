@@ -542,7 +542,7 @@ def ppo_loss(
 
 # --- policies that learn nothing
 
-SCHEDULE = ((0, 0), (0, 4))  # (first epoch, blueprint) to germinate in turn: the best of benchmark/tamiyo_schedule.py
+SCHEDULE = ((0, 0), (0, 3))  # (first epoch, blueprint) to germinate in turn: the best of benchmark/tamiyo_schedule.py
 
 
 def reference_action(

@@ -29,12 +29,12 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import ppo_lstm_tamiyo as tamiyo  # noqa: E402
 
-SEEDS, HOSTS, STEPS = range(1, 6), 200, 51_200
+SEEDS, HOSTS, STEPS = range(1, 6), 200, 64_000
 CONTROLLERS = {  # label: flags
     "LSTM": [],
     "MLP": ["--no-recurrent"],
-    "MLP + history": ["--no-recurrent", "--env-kwargs", '{"history": 5}'],
     "LSTM, reset every 4": ["--reset-every", "4"],
+    "MLP + history": ["--no-recurrent", "--env-kwargs", '{"history": 5}'],
     "LSTM, reset every 8": ["--reset-every", "8"],
 }
 STATIC = "static, the modules of LSTM"  # its return is not comparable: it is never paid for growing

@@ -45,7 +45,7 @@ LEARNING_RATES = (0.005, 0.02)  # log-uniform
 SMALLEST_SUBSET = 200  # training images: log-uniform between this and all
 LABEL_NOISE = 0.2  # half the hosts have up to this share of random labels
 CONTRAST = 1.2  # half the hosts see images multiplied by exp(CONTRAST * N(0, 1))
-UNSOUND, UNSOUND_STEP = 0.3, 0.2  # probability for each blueprint; how fast its modules climb the loss
+UNSOUND, UNSOUND_STEP = 0.3, 0.25  # probability for each blueprint; how fast its modules climb once they are blended in
 
 
 class Stage(IntEnum):
@@ -73,7 +73,7 @@ BY_ACTION = {  # every way from one stage to another: by an action …
 }
 BY_TIME = {  # … or after so many epochs
     Stage.GERMINATED: (1, Stage.TRAINING),
-    Stage.TRAINING: (2, Stage.BLENDING),
+    Stage.TRAINING: (3, Stage.BLENDING),
     Stage.BLENDING: (5, Stage.HOLDING),
     Stage.CULLED: (1, Stage.EMBARGOED),
     Stage.EMBARGOED: (3, Stage.DORMANT),
@@ -408,7 +408,7 @@ class Morphogenesis(VectorEnv):
         shapes = (module_shapes_of(width)[BLUEPRINTS[blueprint]] for width in (int(self.width[n]), WIDTH))
         self.fill(n, self.module[slot].start, *shapes, rng)
         if self.unsound[n, blueprint]:
-            self.direction[n, self.module[slot]] *= -UNSOUND_STEP
+            self.direction[n, self.module[slot]] *= -1
         self.blueprint[n, slot] = blueprint
         self.seed_age[n], self.loss_at_germination[n] = 0, self.reading[n, 2]
 
@@ -460,6 +460,15 @@ class Morphogenesis(VectorEnv):
         dtype = weights.dtype
         return Rows(weights, torch.from_numpy(self.width[hosts]).to(dtype), torch.from_numpy(alpha).to(dtype), grown)
 
+    def steps(self) -> Tensor:
+        """[N, P] step sizes: negative in an unsound module, and smaller in it once it is not TRAINING any more."""
+        steps = torch.from_numpy(self.learning_rate).to(self.weights.dtype)[:, None] * self.direction
+        for slot, part in enumerate(self.module):
+            unsound = self.unsound[np.arange(self.num_envs), self.blueprint[:, slot]]
+            slow = unsound & (self.stage[:, slot] != Stage.TRAINING)
+            steps[torch.from_numpy(slow), part] *= UNSOUND_STEP
+        return steps
+
     @torch.enable_grad()
     def train_epoch(self) -> None:
         """SGD with momentum on every host and its twin, in which nothing grows. A seed that is TRAINING learns from a
@@ -475,7 +484,7 @@ class Morphogenesis(VectorEnv):
             subset[rng.integers(len(subset), size=(MINIBATCHES, BATCH_SIZE))]
             for subset, rng in zip(self.subset, self.batches, strict=True)
         ]
-        steps = torch.from_numpy(self.learning_rate).to(self.weights.dtype)[:, None] * self.direction  # [N, P]
+        steps = self.steps()
         rows = self.rows(hosts, alpha, self.weights)
         total, correct = 0, 0  # [N]
         for batch in torch.from_numpy(np.stack(drawn, 1)):  # [N, B]

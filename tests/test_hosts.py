@@ -52,7 +52,7 @@ class SlowModule:
         shapes = [hosts.module_shapes_of(width)[self.name] for width in (int(env.width[n]), hosts.WIDTH)]
         self.weights = unpad(env.weights[n, env.module[slot]], *shapes)
         self.momentum = {name: torch.zeros_like(x) for name, x in self.weights.items()}
-        self.sign = -0.2 if env.unsound[n, env.blueprint[n, slot]] else 1
+        self.unsound = bool(env.unsound[n, env.blueprint[n, slot]])
 
     def __call__(self, x, detach):
         w = {name: weight.detach() if detach else weight for name, weight in self.weights.items()}
@@ -136,18 +136,21 @@ class SlowHost:
             if "TRAINING" in self.stage:
                 slot = self.stage.index("TRAINING")
                 F.cross_entropy(self.forward(images, contrast, self.alphas(), slot), labels).backward()
-            for part, sign in [(self, 1)] + [(module, module.sign) for module in self.modules if module]:
+            for part in (self, *filter(None, self.modules)):
+                speed = 1.0
+                if part is not self and part.unsound:
+                    speed = -1.0 if self.stage[self.modules.index(part)] == "TRAINING" else -0.25
                 for name, weight in part.weights.items():
                     if weight.grad is None:
                         continue
                     part.momentum[name] = 0.9 * part.momentum[name] + weight.grad
-                    weight.data -= sign * self.learning_rate * part.momentum[name]
+                    weight.data -= speed * self.learning_rate * part.momentum[name]
                     weight.grad = None
         for i, stage in enumerate(self.stage):
             self.age[i] += 1
             epochs, following = {
                 "GERMINATED": (1, "TRAINING"),
-                "TRAINING": (2, "BLENDING"),
+                "TRAINING": (3, "BLENDING"),
                 "BLENDING": (5, "HOLDING"),
                 "CULLED": (1, "EMBARGOED"),
                 "EMBARGOED": (3, "DORMANT"),
@@ -198,7 +201,7 @@ def test_hosts_train_as_plain_torch_does(float64, few):
                 before.act(n, action)
                 slot = slow[n].modules.index("new")
                 slow[n].modules[slot] = SlowModule(before, n, slot)
-                seen.add((slow[n].modules[slot].name, slow[n].modules[slot].sign))
+                seen.add((slow[n].modules[slot].name, slow[n].modules[slot].unsound))
             slow[n].epoch()
         _, _, _, _, infos = env.step(actions)
         for n in range(8):
@@ -206,9 +209,8 @@ def test_hosts_train_as_plain_torch_does(float64, few):
             assert_same_weights(env, n, slow[n], 1e-9)
             assert env.reading[n, 2] == pytest.approx(slow[n].loss(slow[n].alphas()), abs=1e-9)
             assert env.contribution[n] == pytest.approx(np.clip(slow[n].contribution(), -hosts.LN, hosts.LN), abs=1e-9)
-    assert (
-        len(set(env.width)) == 3 and len({name for name, _ in seen}) == 5 and {sound for _, sound in seen} == {-0.2, 1}
-    )
+    assert len(set(env.width)) == 3 and len({name for name, _ in seen}) == 5
+    assert {unsound for _, unsound in seen} == {False, True}
 
 
 def play(num_envs, seeds, plan, steps=24):
@@ -265,7 +267,7 @@ def test_a_training_seed_leaves_no_bit_of_the_host_changed():
     for env in envs:
         env.reset(seed=3)
     grow = np.array([WAIT, *range(GERMINATE, FOSSILIZE)])
-    for actions in (grow, 0 * grow, 0 * grow):
+    for actions in (grow, *[0 * grow] * 3):
         for env, chosen in zip(envs, (actions, 0 * actions), strict=True):
             env.step(chosen)
     grown, bare = envs
@@ -396,7 +398,7 @@ def test_twins_are_hosts_in_which_nothing_grows(few):
     env.reset(seed=4), bare.reset(seed=4)
     for t in range(25):
         *_, infos = env.step(
-            np.array([GERMINATE, GERMINATE + 3, GERMINATE + 4] if t == 0 else [FOSSILIZE] * 3 if t == 8 else [WAIT] * 3)
+            np.array([GERMINATE, GERMINATE + 3, GERMINATE + 4] if t == 0 else [FOSSILIZE] * 3 if t == 9 else [WAIT] * 3)
         )
         *_, bare_infos = bare.step(np.array([WAIT] * 3))
     grown, expected = infos["final_info"], bare_infos["final_info"]
@@ -424,7 +426,7 @@ def test_illegal_actions_name_the_environment(few):
     env.step(np.array([GERMINATE, WAIT]))
     with pytest.raises(ValueError, match="environment 0: GERMINATE_CONV_LIGHT"):
         env.step(np.array([GERMINATE + 3, WAIT]))
-    for _ in range(7):
+    for _ in range(8):
         env.step(np.array([WAIT, WAIT]))
     env.step(np.array([FOSSILIZE, WAIT]))
     assert env.stage[0, 0] == Stage.FOSSILIZED
@@ -457,7 +459,7 @@ def test_reward_by_hand(few, monkeypatch):
     env = Morphogenesis(3)
     env.reset(seed=8)
     plan = np.zeros((25, 3), int)
-    plan[0], plan[8, 0], plan[10, 1] = [GERMINATE + 3] * 3, FOSSILIZE, CULL
+    plan[0], plan[9, 0], plan[11, 1] = [GERMINATE + 3] * 3, FOSSILIZE, CULL
     paid = ratio = np.zeros(3)
     for t, actions in enumerate(plan):
         level_before = env.paid.copy()
@@ -472,7 +474,7 @@ def test_reward_by_hand(few, monkeypatch):
         ratio = ratio if done.all() else env.parameter_ratio()  # the last step changes nothing
         expected = 10 * final + 0.3 * change - 0.003 * ratio - 0.01 * (actions != WAIT)
         np.testing.assert_allclose(reward, expected, atol=1e-12)
-        if t == 8:
+        if t == 9:
             earned = level_before[0]
     np.testing.assert_allclose(paid, [earned, 0, 0], atol=1e-12)
     np.testing.assert_allclose(infos["final_info"]["parameter_ratio"], [ratio[0], 0, 0])
@@ -487,7 +489,7 @@ def test_what_is_not_permanent_is_lost_at_the_end(few):
         last = copy.deepcopy(env)
         # both grow and hold; the second makes its module permanent
         _, _, _, _, infos = env.step(
-            np.array([[GERMINATE + 4, GERMINATE + 4], [WAIT, FOSSILIZE]][t > 0] if t in (0, 8) else [WAIT, WAIT])
+            np.array([[GERMINATE + 4, GERMINATE + 4], [WAIT, FOSSILIZE]][t > 0] if t in (0, 9) else [WAIT, WAIT])
         )
     last.train_epoch()
     for n, alpha in enumerate([[0, 0], [1, 0]]):

@@ -364,10 +364,10 @@ def test_12_hosts_that_are_not_culled_have_no_outcome(tamiyo, quick):
 
 
 def test_12_culls_too_late_to_matter_are_left_out(tamiyo, quick):
-    """Grown at 17, a seed could never become permanent; grown at 16, it just could."""
+    """Grown at 16, a seed could never become permanent; grown at 15, it just could."""
     _, args = an_agent(tamiyo)
     played = tamiyo.evaluate(None, args, "never")
-    for e, epoch in enumerate((16, 17)):
+    for e, epoch in enumerate((15, 16)):
         played.actions[e, [epoch, epoch + 3]] = GERMINATE, CULL
     assert len(tamiyo.cull_outcomes(args, played)) == 1
 

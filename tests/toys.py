@@ -82,9 +82,10 @@ gym.register("ToyPendulum-v0", entry_point=Pendulum)
 
 
 def scalars(run_dir: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """All TensorBoard scalars of a run: tag -> [(step, value), …]."""
+    """All TensorBoard scalars of a run: tag -> [(step, value), …], by step: the files of
+    two runs within a second may be read in either order."""
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {tag: sorted((e.step, e.value) for e in events.Scalars(tag)) for tag in events.Tags()["scalars"]}
 
 
 def same_but_for_time(a: dict, b: dict) -> None:
