@@ -13,6 +13,7 @@ SIGNS = {  # found there only
     "ppo_lstm_predictor.py": "class Predictor(",
     "ppo_lstm_tamiyo.py": "def cull_outcomes(",
     "sequence_ppo_selfplay.py": "class Sequences:",
+    "worldmodel_a2c.py": "class ProductEMA(",
 }
 
 
@@ -64,3 +65,13 @@ def tamiyo_path(request) -> Path:
 @pytest.fixture(scope="session")
 def tamiyo(tamiyo_path):
     return module_of(tamiyo_path)
+
+
+@pytest.fixture(scope="session")
+def worldmodel_path(request) -> Path:
+    return path_of(request, "worldmodel_a2c.py")
+
+
+@pytest.fixture(scope="session")
+def worldmodel(worldmodel_path):
+    return module_of(worldmodel_path)

@@ -113,4 +113,5 @@ def tiny_hosts(monkeypatch, minibatches: int) -> None:
 def gradients(loss: torch.Tensor, agent: torch.nn.Module) -> torch.Tensor:
     agent.zero_grad()
     loss.backward()
-    return torch.cat([weight.grad.flatten() for weight in agent.parameters()])
+    weights = list(agent.parameters())  # a loss that does not depend on one leaves it without a gradient
+    return torch.cat([torch.zeros_like(w).flatten() if w.grad is None else w.grad.flatten() for w in weights])
