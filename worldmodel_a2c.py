@@ -165,6 +165,7 @@ def check(args: Args) -> None:
     above_zero = ["total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs", "learning_rate"]
     above_zero += ["max_grad_norm", "torch_threads", "eval_episodes", "memory_width", "memory_heads", "memory_layers"]
     above_zero += ["context", "planning_horizon", "planning_samples", "importance_cap"]
+    above_zero += ["target_kl"] * (args.target_kl is not None)
     not_negative = ["seed", "checkpoint_every", "ent_coef", "vf_coef", "clip_coef", "vision_coef", "memory_coef"]
     not_negative += ["planning_beta", "distill_coef"]
     for name in above_zero + not_negative + ["gamma", "gae_lambda"]:

@@ -1,0 +1,338 @@
+"""Whole runs of worldmodel_a2c.py: the same seed, resume, stages, dreams, signals, wrong input, two processes."""
+
+import dataclasses
+import importlib.util
+import json
+import signal
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box
+from PIL import Image
+from test_faults import assert_refused, assert_two_processes_match_one, checkpoints_equal, run, start
+from test_faults import wait_for_checkpoint as wait_for
+from toys import ACTION_SPACES, same_but_for_time, scalars
+
+SMALL = {"env_id": "toys:Toy-v0", "num_envs": 2, "num_steps": 16, "num_minibatches": 2, "total_timesteps": 32 * 8}
+SMALL |= {"memory_width": 16, "memory_heads": 2, "context": 4, "planning_horizon": 2, "planning_samples": 4}
+SMALL |= {"eval_episodes": 2, "checkpoint_every": 2}
+SMALL["env_kwargs"] = json.dumps({"lengths": [5, 9, 30], "ends": ["terminated", "truncated"]})
+IMAGES = {"env_id": "test_worldmodel_runs:ToyImage-v0", "env_kwargs": "{}"}
+
+
+class ToyImage(gym.Env):
+    """A bright bar on 16 x 32 pixels, that a continuous action pushes; the reward is how far right it is."""
+
+    def __init__(self, width=32):
+        self.observation_space, self.action_space = Box(0, 255, (16, width, 1), np.uint8), Box(-1, 1, (1,))
+
+    def pixels(self):
+        image = np.zeros((16, 32, 1), np.uint8)
+        image[:, int(self.x)] = 255
+        return image
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.x, self.t = self.np_random.uniform(0, 32), 0
+        return self.pixels(), {}
+
+    def step(self, action):
+        self.x, self.t = float(np.clip(self.x + 3 * action[0], 0, 31.9)), self.t + 1
+        return self.pixels(), self.x / 32, False, self.t >= 12, {}
+
+
+gym.register("ToyImage-v0", entry_point=ToyImage)
+
+
+def small_run(worldmodel, folder, **changes):
+    return worldmodel.train(worldmodel.Args(**SMALL | {"runs_dir": str(folder)} | changes))
+
+
+def checkpoint_of(result):
+    return f"{result['run_dir']}/checkpoint.pt"
+
+
+VARIANTS = [
+    {},
+    {"env_kwargs": '{"lengths": [5, 30], "action": "box"}'},
+    {"env_kwargs": '{"lengths": [7], "action": "multidiscrete", "masked": true}', "planning": "off"},
+    {"quantizer": "fsq", "controller": "linear", "planning": "train", "vectorization": "async"},
+    IMAGES,
+    IMAGES | {"quantizer": "none", "num_steps": 3},
+]
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_the_same_seed_gives_the_same_scalars(worldmodel, tmp_path, changes):
+    first, second = (small_run(worldmodel, tmp_path / name, **changes) for name in "ab")
+    tags = scalars(first["run_dir"])
+    same_but_for_time(tags, scalars(second["run_dir"]))
+    assert first["eval_return_mean"] == second["eval_return_mean"]
+    assert all(error < 1e-4 for _, error in tags["losses/first_ratio_error"])
+    expected = {f"gradients/{name}" for name in ("vision", "memory", "controller")}
+    expected |= {f"vision/{name}" for name in ("usage", "perplexity", "psnr")} | {"model/skill_k1", "planning/beta"}
+    assert expected | {"losses/vision_loss", "losses/memory_loss", "charts/episodic_return"} <= tags.keys()
+    for name in ("dream.png", "args.json", "best.pt", "common/gae.py", "worldmodel_a2c.py"):
+        assert len(list((tmp_path / "a").glob(f"*/{name}"))) == 1
+
+
+def test_plans_act_once_the_model_is_good(worldmodel, tmp_path, monkeypatch):
+    """beta is planning_beta times the skill; the closing evaluation then compares policy, planner and both."""
+    skills = iter([0.9] * 100)
+    real = worldmodel.forecast_skill
+    monkeypatch.setattr(worldmodel, "forecast_skill", lambda *args: torch.full_like(real(*args), next(skills)))
+    result = small_run(worldmodel, tmp_path, planning_beta=2.0)
+    betas = [beta for _, beta in scalars(result["run_dir"])["planning/beta"]]
+    expected = [0.0, 0.0]  # nothing is learnt from the first rollout, so its skill does not count
+    for k in range(1, 7):
+        expected.append(2 * 0.9 * (1 - 0.7**k))
+    np.testing.assert_allclose(betas, expected, rtol=1e-5)
+    assert {"eval_return_policy", "eval_return_planner", "eval_return_both"} <= result.keys()
+    assert result["eval_return_mean"] == result["eval_return_both"]
+    assert "eval_return_planner" not in small_run(worldmodel, tmp_path / "off", planning="off")
+
+
+def test_resume_continues_counters_schedule_and_curve(worldmodel, tmp_path):
+    first = small_run(worldmodel, tmp_path)
+    args = worldmodel.Args(**worldmodel.load(checkpoint_of(first))["args"])
+    args = dataclasses.replace(args, resume=first["run_dir"], total_timesteps=32 * 16)
+    second = worldmodel.train(args)
+    assert first["global_step"] == 32 * 8 and second["global_step"] == 32 * 16
+    curve = scalars(first["run_dir"])["losses/value_loss"]
+    assert [step for step, _ in curve] == [32 * (i + 1) for i in range(1, 16)]  # the first rollout only warms up
+    rates = dict(scalars(first["run_dir"])["charts/learning_rate"])
+    assert rates[32 * 9] == pytest.approx(args.learning_rate * (1 - 8 / 16), rel=1e-4)
+    assert worldmodel.load(checkpoint_of(first))["agent"]["vision.obs_stats.count"] == 32 * 16
+    with pytest.raises(worldmodel.InputError, match="total-timesteps"):
+        worldmodel.train(args)
+
+
+def test_evaluate_a_checkpoint_and_dream(worldmodel, worldmodel_path, tmp_path):
+    first = small_run(worldmodel, tmp_path)
+    gif = tmp_path / "dream.gif"
+    result = run(worldmodel_path, "--evaluate", checkpoint_of(first), "--dream", gif)
+    assert result.returncode == 0, result.stderr
+    again = json.loads(result.stdout.splitlines()[-1])
+    assert again["eval_return_mean"] == pytest.approx(first["eval_return_mean"])
+    with Image.open(gif) as image:
+        assert image.n_frames == 5 - 1 - 5 // 5  # behind the first fifth of an episode of 5 steps
+
+
+def test_dreams_of_images_stand_side_by_side(worldmodel, tmp_path):
+    first = small_run(worldmodel, tmp_path, **IMAGES)
+    gif = str(tmp_path / "dream.gif")
+    saved = worldmodel.load(checkpoint_of(first))["args"]
+    worldmodel.train(worldmodel.Args(**saved | {"evaluate": checkpoint_of(first), "dream": gif}))
+    with Image.open(gif) as image:
+        assert image.size == (4 * 3 * 32, 4 * 16) and 1 < image.n_frames <= 12 - 1 - 12 // 5  # equal ones are merged
+        first_frame = np.asarray(image.convert("L"))
+    assert (first_frame[:, :128].max(0) > 250).sum() == 4  # the real bar, one pixel wide
+
+
+def test_stages_learn_their_part_and_hand_it_on(worldmodel, tmp_path):
+    """vision -> memory -> all: each starts from the other's weights, and changes nothing but its part."""
+
+    def parts(path):
+        state = worldmodel.load(path)["agent"]
+        names = {"vision": "vision.", "memory": ("memory.", "model."), "controller": ("actor.", "critic.")}
+        return {
+            part: {n: x for n, x in state.items() if n.startswith(start) and "critic.6" not in n}  # PopArt moves that
+            for part, start in names.items()
+        }
+
+    vision = checkpoint_of(small_run(worldmodel, tmp_path / "v", stage="vision"))
+    untrained = checkpoint_of(small_run(worldmodel, tmp_path / "u", stage="vision", total_timesteps=32))
+    assert checkpoints_equal(parts(vision)["memory"], parts(untrained)["memory"])
+    assert checkpoints_equal(parts(vision)["controller"], parts(untrained)["controller"])
+    assert not checkpoints_equal(parts(vision)["vision"], parts(untrained)["vision"])
+    memory = checkpoint_of(small_run(worldmodel, tmp_path / "m", stage="memory", init_from=vision))
+    assert checkpoints_equal(parts(memory)["vision"], parts(vision)["vision"])  # statistics and codes, too
+    assert checkpoints_equal(parts(memory)["controller"], parts(vision)["controller"])
+    assert not checkpoints_equal(parts(memory)["memory"], parts(vision)["memory"])
+    started = small_run(worldmodel, tmp_path / "a", init_from=memory, total_timesteps=32, learning_rate=1e-12)
+    for part in ("vision", "memory"):
+        mine, theirs = parts(checkpoint_of(started))[part], parts(memory)[part]
+        for name in mine:
+            if "stats" not in name and "quantizer" not in name:  # which one rollout has moved
+                torch.testing.assert_close(mine[name], theirs[name], atol=1e-9, rtol=1e-6)
+    small_run(worldmodel, tmp_path / "b", init_from=memory)
+
+
+def test_stages_refuse_what_does_not_fit(worldmodel, tmp_path):
+    vision = checkpoint_of(small_run(worldmodel, tmp_path / "v", stage="vision"))
+    memory = checkpoint_of(small_run(worldmodel, tmp_path / "m", stage="memory", init_from=vision))
+    with pytest.raises(worldmodel.InputError, match="quantizer ema instead of fsq"):
+        small_run(worldmodel, tmp_path / "x", stage="memory", init_from=vision, quantizer="fsq")
+    with pytest.raises(worldmodel.InputError, match="memory_width 16 instead of 32"):
+        small_run(worldmodel, tmp_path / "x", init_from=memory, memory_width=32)
+    with pytest.raises(worldmodel.InputError, match=r"env_id toys:Toy-v0 instead of CartPole-v1"):
+        small_run(worldmodel, tmp_path / "x", init_from=vision, env_id="CartPole-v1", env_kwargs="{}")
+    with pytest.raises(worldmodel.InputError, match="stage vision, not all"):
+        args = worldmodel.load(vision)["args"] | {"resume": str(next((tmp_path / "v").iterdir())), "stage": "all"}
+        worldmodel.train(worldmodel.Args(**args))
+    assert not (tmp_path / "x").exists()
+
+
+def test_transfer_takes_what_fits(worldmodel, tmp_path, capfd):
+    first = checkpoint_of(small_run(worldmodel, tmp_path))
+    small_run(worldmodel, tmp_path / "wider", init_from=first, memory_width=32, total_timesteps=32)
+    assert "not taken from the checkpoint: memory.latent.weight" in capfd.readouterr().err
+
+
+def test_other_checkpoints_are_refused_by_name(worldmodel, tmp_path):
+    first = small_run(worldmodel, tmp_path)
+    path = checkpoint_of(first)
+    args = worldmodel.Args(**worldmodel.load(path)["args"] | {"resume": first["run_dir"], "total_timesteps": 10**6})
+    for change in ({"context": 5}, {"quantizer": "fsq"}, {"controller": "linear"}, {"memory_layers": 1}):
+        with pytest.raises(worldmodel.InputError, match=next(iter(change))):
+            worldmodel.train(dataclasses.replace(args, **change))
+    state = torch.load(path, weights_only=True)
+    state["agent"]["actor.0.weight"] = torch.zeros(7, 8)
+    torch.save(state, path)
+    with pytest.raises(worldmodel.InputError, match=r"actor.0.weight.*\[7, 8\]"):
+        worldmodel.train(args)
+    torch.save(state | {"args": state["args"] | {"tree_depth": 3}}, path)
+    with pytest.raises(worldmodel.InputError, match="tree_depth"):
+        worldmodel.train(args)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_says_how_to_go_on_and_exits(worldmodel, worldmodel_path, tmp_path, number, code):
+    flags = [part for name, value in SMALL.items() for part in (f"--{name.replace('_', '-')}", value)]
+    process = start(worldmodel_path, *flags, "--runs-dir", tmp_path, "--total-timesteps", "10000000")
+    checkpoint = wait_for(process, tmp_path)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert f"--resume {checkpoint.parent}" in err and "Traceback" not in err and not out
+    saved = worldmodel.load(checkpoint)["progress"]["global_step"]
+    more = run(worldmodel_path, "--resume", checkpoint.parent, "--total-timesteps", saved + 64)
+    assert more.returncode == 0, more.stderr
+    assert json.loads(more.stdout.splitlines()[-1])["global_step"] == saved + 64
+
+
+WRONG = [
+    (["--num-envs", "0"], "--num-envs must be above 0, not 0"),
+    (["--target-kl", "-1"], "--target-kl must be above 0"),
+    (["--planning-beta", "-1"], "--planning-beta must not be negative"),
+    (["--gamma", "1.5"], "--gamma must be at most 1"),
+    (["--context", "0"], "--context must be above 0"),
+    (["--memory-heads", "3"], "--memory-width must be a multiple of 2 x --memory-heads"),
+    (["--num-minibatches", "100"], "--num-minibatches must not exceed --num-envs"),
+    (["--env-id", "CartPoll-v1"], "CartPole"),
+    (["--env-id", "no_such_module:Thing-v0"], "no_such_module"),
+    (["--env-kwargs", "{oops"], "CartPole-v1"),
+    (["--env-kwargs", '{"nonsense": 1}'], "nonsense"),
+    (["--env-id", "test_worldmodel_runs:ToyImage-v0", "--env-kwargs", '{"width": 33}'], "multiples of 16: (16, 33, 1)"),
+    (["--stage", "memory"], "--stage memory needs --init-from"),
+    (["--dream", "a.gif"], "--dream needs --evaluate"),
+    (["--resume", "nowhere"], "nowhere/checkpoint.pt"),
+    (["--evaluate", "nowhere.pt"], "nowhere.pt"),
+    (["--init-from", "nowhere.pt"], "nowhere.pt"),
+    (["--evaluate", "a.pt", "--init-from", "b.pt"], "a.pt"),
+    (["--num-steps", "10000000000"], "GB"),
+]
+
+
+@pytest.mark.parametrize("args, message", WRONG)
+def test_wrong_input_is_one_line_and_exit_code_2(
+    worldmodel, worldmodel_path, tmp_path, args, message, monkeypatch, capfd
+):
+    assert_refused(worldmodel, worldmodel_path, args, message, tmp_path, monkeypatch, capfd)
+
+
+def test_unknown_action_space_and_missing_packages(worldmodel, tmp_path, monkeypatch):
+    monkeypatch.setitem(ACTION_SPACES, "words", gym.spaces.Text(3))
+    with pytest.raises(worldmodel.InputError, match="Text"):
+        small_run(worldmodel, tmp_path, env_kwargs='{"action": "words"}')
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(worldmodel.InputError, match="needs moviepy"):
+        worldmodel.check(worldmodel.Args(capture_video=True))
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("raise", "the rotor fell off"),
+        ("nan", "non-finite observation"),
+        ("nan_reward", "non-finite reward"),
+        ("die", "process of an environment died"),
+    ],
+)
+def test_a_broken_environment_is_one_clear_error(worldmodel, tmp_path, fault, message, vectorization):
+    if (fault, vectorization) == ("die", "sync"):
+        pytest.skip("takes this process with it")
+    env_kwargs = json.dumps({"lengths": [50], "fault": fault, "fault_step": 16 * 5 + 3})
+    with pytest.raises((RuntimeError, FloatingPointError), match=message):
+        small_run(worldmodel, tmp_path, env_kwargs=env_kwargs, vectorization=vectorization, eval_episodes=1)
+    saved = worldmodel.load(next(tmp_path.glob("*/checkpoint.pt")))
+    assert saved["progress"]["update"] == 4  # the last consistent state
+
+
+def test_a_mask_that_allows_nothing_names_the_environment(worldmodel, tmp_path):
+    with pytest.raises(ValueError, match="environment 0 allows no action"):
+        small_run(worldmodel, tmp_path, env_kwargs=json.dumps({"masked": "nothing"}))
+
+
+def test_a_non_finite_loss_stops_before_the_weights_change(worldmodel, tmp_path, monkeypatch):
+    real, seen = worldmodel.a2c_loss, []
+
+    def broken(agent, *args):
+        loss, metrics = real(agent, *args)
+        seen.append((agent, {name: x.clone() for name, x in agent.state_dict().items()}))
+        return (loss * torch.nan if len(seen) == 50 else loss), metrics
+
+    monkeypatch.setattr(worldmodel, "a2c_loss", broken)
+    with pytest.raises(RuntimeError, match="non-finite"):
+        small_run(worldmodel, tmp_path)
+    agent, before = seen[-1]
+    assert len(seen) == 50 and checkpoints_equal(dict(agent.state_dict()), before)
+
+
+@pytest.mark.parametrize("quantizer", ["fsq", "ema"])
+def test_two_processes_match_one_with_the_same_data(worldmodel_path, tmp_path, quantizer):
+    """Actions are the likeliest ones, and no code dies, so that nothing depends on who draws which random number."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(f"""
+import importlib.util, os, sys, torch
+sys.argv = ["driver"]
+spec = importlib.util.spec_from_file_location("script", {str(worldmodel_path)!r})
+script = sys.modules["script"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+sample, train_agent, reset = script.sample, script.Agent, script.reset
+agents = []
+
+def make(*args):
+    agents.append(train_agent(*args))
+    if {quantizer!r} == "ema":  # codes that stay in use, whatever is assigned to them
+        agents[-1].vision.quantizer.count.fill_(1e9)
+        agents[-1].vision.quantizer.total.copy_(1e9 * agents[-1].vision.quantizer.codebook)
+    return agents[-1]
+
+script.sample = lambda params, space, generator=None: sample(params, space)
+script.Agent = make
+world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+script.reset = lambda envs, agent, seed: reset(envs, agent, 1 + rank * envs.num_envs)
+args = script.Args(
+    env_id="toys:Toy-v0", env_kwargs='{{"lengths": [3, 9, 1], "ends": ["truncated", "terminated"]}}',
+    num_envs=4 // world, num_steps=16, num_minibatches=1, total_timesteps=64 * 6, quantizer={quantizer!r},
+    memory_width=16, memory_heads=2, context=4, planning_horizon=2, planning_beta=5.0,
+    eval_episodes=2, checkpoint_every=0, target_kl=10.0, runs_dir={str(tmp_path)!r},
+)
+result = script.train(args)
+torch.save(agents[0].state_dict(), {str(tmp_path)!r} + f"/weights_{{world}}_{{rank}}.pt")
+""")
+    assert_two_processes_match_one(driver)
+
+
+def test_cartpole_is_learnt_in_a_minute(worldmodel, tmp_path):
+    """Clearly better than random after 16,000 steps; the model forecasts better than "nothing changes"."""
+    args = worldmodel.Args(total_timesteps=16_000, num_steps=64, context=8, checkpoint_every=0, runs_dir=str(tmp_path))
+    result = worldmodel.train(args)
+    assert result["random_return_mean"] < 40 < 80 < result["eval_return_mean"]
+    errors = scalars(result["run_dir"])
+    assert max(error for _, error in errors["losses/first_ratio_error"]) < 1e-4
+    assert errors["vision/rmse"][-1][1] < 0.5 * errors["vision/rmse"][0][1]
