@@ -63,7 +63,7 @@ class Args:
     resume: str | None = None
     """a run folder to continue, with its arguments unless others are given"""
     init_from: str | None = None
-    """a checkpoint whose weights to start from, wherever names and shapes fit; that of the stage before, with --stage"""
+    """a checkpoint whose weights to start from, wherever names and shapes fit; for --stage, of the stage before"""
     evaluate: str | None = None
     """a checkpoint to evaluate, with its arguments unless others are given; no training"""
     eval_episodes: int = 20
@@ -373,7 +373,7 @@ class Unquantized(nn.Module):
 
 
 class Vision(nn.Module):
-    """Observations [..., *shape] <-> latents [..., Z] of `sites` codes: 4 for a vector, 16ths of its sides for an image."""
+    """Observations [..., *shape] <-> latents [..., Z] of `sites` codes: 4 for a vector, one for each 16 x 16 pixels."""
 
     def __init__(self, shape: tuple[int, ...], quantizer: str):
         super().__init__()
@@ -389,13 +389,14 @@ class Vision(nn.Module):
         else:
             self.quantizer = FSQ(sites, size) if quantizer == "fsq" else Unquantized(sites)
         if self.image:
-            channels = (shape[2], 16, 32, 64)
-            down = [(nn.Conv2d(i, o, 4, 2, 1), nn.ReLU()) for i, o in zip(channels, channels[1:], strict=False)]
-            up = [(nn.ReLU(), nn.ConvTranspose2d(o, i, 4, 2, 1)) for i, o in zip(channels, channels[1:], strict=False)]
+            down, up = [], []
+            for inner, outer in ((16, shape[2]), (32, 16), (64, 32)):
+                down += [nn.Conv2d(outer, inner, 4, 2, 1), nn.ReLU()]
+                up = [nn.ReLU(), nn.ConvTranspose2d(inner, outer, 4, 2, 1), *up]
             to_sites = (nn.Flatten(2), Transpose(), nn.Flatten(1))  # [B, size, rows, columns] -> [B, Z]
             to_maps = (nn.Unflatten(1, (sites, size)), Transpose(), nn.Unflatten(2, (rows, columns)))
-            self.encoder = nn.Sequential(*sum(down, ()), nn.Conv2d(channels[-1], size, 4, 2, 1), *to_sites)
-            self.decoder = nn.Sequential(*to_maps, nn.ConvTranspose2d(size, channels[-1], 4, 2, 1), *sum(up[::-1], ()))
+            self.encoder = nn.Sequential(*down, nn.Conv2d(64, size, 4, 2, 1), *to_sites)
+            self.decoder = nn.Sequential(*to_maps, nn.ConvTranspose2d(size, 64, 4, 2, 1), *up)
         else:
             self.obs_stats = RunningMeanStd(shape)
             self.encoder = nn.Sequential(nn.Linear(shape[0], 64), nn.ReLU(), nn.Linear(64, self.size))
@@ -473,7 +474,7 @@ class Cache(NamedTuple):
 
 class Memory(nn.Module):
     """A causal transformer over tokens (z_t, a_{t-1}) -> h_t. In every layer a token sees the last `context` tokens of
-    its episode, so that h_t depends on the `prefix` = layers x (context - 1) steps before, and on no other (detail 2)."""
+    its episode, so that h_t depends on the `prefix` = layers x (context - 1) steps before and no others (detail 2)."""
 
     def __init__(self, latent: int, action: int, args: Args):
         super().__init__()
@@ -484,8 +485,8 @@ class Memory(nn.Module):
         self.norm = nn.LayerNorm(self.width)
 
     def forward(self, z: Tensor, previous: Tensor, age: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Whole sequences: z [B, L, Z], previous actions [B, L, E] (zeros at an episode's start), age [B, L] steps since
-        that start (negative: padding) -> h [B, L, W], and each layer's keys and values [B, L, heads, W / heads]."""
+        """Whole sequences: z [B, L, Z], previous actions [B, L, E] (zeros at an episode's start), age [B, L] steps
+        since that start (negative: padding) -> h [B, L, W], keys and values of each layer [B, L, heads, W / heads]."""
         x = self.latent(z) + self.action(previous)
         step = torch.arange(x.shape[1], device=x.device)
         behind = step[:, None] - step  # [L, L]
@@ -624,8 +625,8 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def update_statistics(self, obs: Tensor, returns: Tensor, generator: torch.Generator | None = None) -> None:
-        """Merges obs [M, *shape] and returns [M], moves the codebook if there is a generator, and rescales the critic so
-        that its denormalised values stay the same (details 1 and 8; PopArt, arXiv 1602.07714, eq. 9)."""
+        """Merges obs [M, *shape] and returns [M], moves the codebook if there is a generator, and rescales the critic
+        so that its denormalised values stay the same (details 1 and 8; PopArt, arXiv 1602.07714, eq. 9)."""
         mean, std, last = self.return_stats.mean.clone(), self.return_stats.std.clone(), self.critic[-1]
         if generator is not None:
             if not self.vision.image:
@@ -683,7 +684,7 @@ def logprob_entropy(params: Tensor, action: Tensor, space: gym.Space) -> tuple[T
 
 
 def cross_entropy(params: Tensor, target: Tensor, space: gym.Space) -> Tensor:
-    """Of the policy `params` under the policy `target`, both [..., P] -> [...]; for a Box, of the actions before tanh."""
+    """Of the policy `params` under the policy `target`, both [..., P] -> [...]; of a Box, before tanh."""
     if isinstance(space, Box):
         (mean, log_std), (target_mean, target_log_std) = params.chunk(2, -1), target.chunk(2, -1)
         spread = (2 * target_log_std).exp() + (target_mean - mean) ** 2
@@ -852,7 +853,7 @@ def reset(envs: VectorEnv, agent: Agent, seed: int) -> Carry:
 
 
 def advance(carry: Carry, taken: Tensor, cache: Cache, reward: np.ndarray, done: np.ndarray) -> None:
-    """Moves all but observation and mask on by a step in which `taken` [N, E] was done; where an episode ended, the next
+    """Moves all but observation and mask on by a step in which `taken` [N, E] was done. Where an episode ended, the next
     one has no past."""
     ended = torch.from_numpy(done).to(taken.device)
     carry.previous = taken * ~ended[:, None]
@@ -911,7 +912,7 @@ def collect(
 
 @torch.no_grad()
 def rebuild_cache(agent: Agent, rollout: Rollout, carry: Carry) -> None:
-    """Recomputes the keys and values that the next step looks back on, with the weights and statistics as they now are."""
+    """Recomputes the keys and values that the next step looks back on, with weights and statistics as they now are."""
     seen = agent.unroll(*(x[:, -agent.memory.prefix - 1 :] for x in rollout.columns(slice(None)))).seen
     carry.cache = agent.memory.cache(seen, carry.cache.age)
 
@@ -935,7 +936,7 @@ def a2c_loss(
     if rollout.action_mask is not None:
         masks = F.pad(take(rollout.action_mask), (0, 0, rollout.prefix, 0), value=True)
     unrolled = agent.unroll(*rollout.columns(chosen), masks)
-    x, z, _, commitment, h, params, value = (part[:, rollout.prefix :] for part in unrolled[:-1])  # [B, T, ...]
+    _, z, _, commitment, h, params, value = (part[:, rollout.prefix :] for part in unrolled[:-1])  # [B, T, ...]
     logprob, entropy = logprob_entropy(params, take(rollout.action), space)
     log_ratio, advantage = logprob - take(rollout.logprob), take(rollout.advantages)
     ratio = log_ratio.exp()
@@ -1277,7 +1278,7 @@ def assess(agent: Agent, args: Args, beta: float, run_dir: Path, closing: bool) 
 
 
 def vision_metrics(agent: Agent, rollout: Rollout) -> dict[str, float]:
-    """Codes in use, the perplexity of their distribution, and the peak signal-to-noise ratio of reconstructions (dB)."""
+    """Share of codes in use, perplexity of their distribution, peak signal-to-noise ratio of reconstructions (dB)."""
     obs = rollout.obs[rollout.prefix :]
     with torch.no_grad():
         z, index, _ = agent.vision.quantizer(agent.vision.encode(obs))

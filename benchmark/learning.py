@@ -9,6 +9,8 @@
     python benchmark/learning.py leduc           # 15 minutes
     python benchmark/learning.py leduc_ablation  # 8 minutes
     python benchmark/learning.py phantom_go      # 8 minutes
+    python benchmark/learning.py worldmodel      # 30 minutes
+    python benchmark/learning.py carracing       # half an hour
 
 Results: {task}_curves.csv, {task}_final.csv and {task}.png in benchmark/results/. `--plot-only` draws them again.
 """
@@ -42,6 +44,9 @@ SHORT = f"{LEDUC} --total-timesteps 1500000"
 GO = 'sequence_ppo_selfplay.py --env-id phantom_go --env-kwargs {"board_size":5} --num-envs 128 --games-per-update 128'
 GO += " --total-timesteps 300000 --hidden-size 128 --checkpoint-every 10 --update-epochs 2 --num-minibatches 2"
 GO += " --gae-lambda 0.95 --elo-games 0"
+WORLDMODEL = "worldmodel_a2c.py --eval-episodes 100 --checkpoint-every 0"
+RACING = "worldmodel_a2c.py --env-id environments.car_racing:CarRacing64-v0 --num-envs 8 --num-steps 64 --context 16"
+RACING += " --planning-horizon 3 --planning-samples 16 --learning-rate 5e-4 --ent-coef 0.003 --total-timesteps 75000"
 RETURN = "charts/episodic_return"
 EXPLOITABILITY, AVERAGE = "selfplay/exploitability", "selfplay/exploitability_average"
 TASKS = {  # task: (seeds, title, {label: command}), and what is plotted if not the return of training episodes
@@ -98,6 +103,18 @@ TASKS = {  # task: (seeds, title, {label: command}), and what is plotted if not 
         },
         ["selfplay/payoff_vs_random"],
     ),
+    "worldmodel": (
+        range(1, 6),
+        "CartPole-v1 with a world model",
+        {
+            "product EMA, planning": WORLDMODEL,
+            "planning off": f"{WORLDMODEL} --planning off",
+            "planning off, linear controller": f"{WORLDMODEL} --planning off --controller linear",
+            "FSQ, planning": f"{WORLDMODEL} --quantizer fsq",
+            "not quantised, planning": f"{WORLDMODEL} --quantizer none",
+        },
+    ),
+    "carracing": (range(1, 2), "CarRacing, 75,000 decisions of four frames", {"world model": RACING}),
 }
 
 

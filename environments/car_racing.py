@@ -3,8 +3,8 @@
     environments.car_racing:CarRacing64-v0
 
 Drawing takes 98% of CarRacing's time, so that four frames an action cost a quarter. Observations are 64 x 64 pixels,
-colour or, with `gray`, one channel. An action is (steering, pedals) in [-1, 1]: above 0 pedals is gas, below it brake. An
-episode ends after 1,000 frames; rewards are the sums of CarRacing's own.
+colour or, with `gray`, one channel. An action is (steering, pedals) in [-1, 1]: pedals above 0 are gas, below it brake.
+An episode ends after 1,000 frames; rewards are the sums of CarRacing's own.
 """
 
 import gymnasium as gym
@@ -17,12 +17,11 @@ SIZE = 64
 
 
 class CarRacing(car_racing.CarRacing):
-    metadata = {**car_racing.CarRacing.metadata, "render_fps": 12}
-
     def __init__(self, action_repeat: int = 4, gray: bool = False, render_mode: str | None = None):
         self.skipping = False
         super().__init__(render_mode=render_mode, continuous=True)
         self.action_repeat, self.gray, self.frames = action_repeat, gray, 0
+        self.metadata = {**self.metadata, "render_fps": car_racing.FPS // action_repeat}
         self.action_space = Box(-1, 1, (2,))
         self.observation_space = Box(0, 255, (SIZE, SIZE, 1 if gray else 3), np.uint8)
 
