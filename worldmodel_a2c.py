@@ -853,7 +853,7 @@ def reset(envs: VectorEnv, agent: Agent, seed: int) -> Carry:
 
 
 def advance(carry: Carry, taken: Tensor, cache: Cache, reward: np.ndarray, done: np.ndarray) -> None:
-    """Moves all but observation and mask on by a step in which `taken` [N, E] was done. Where an episode ended, the next
+    """Moves all but observation and mask on by a step in which `taken` [N, E] was done. After an episode's end the next
     one has no past."""
     ended = torch.from_numpy(done).to(taken.device)
     carry.previous = taken * ~ended[:, None]
