@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -448,28 +449,28 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def project(self, x: Tensor, turned: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, L, W] -> queries, keys (both turned) and values [B, L, heads, E]."""
+    def project(self, x: Tensor, turned: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, L, W] -> queries [B, L, heads, E]; keys and values [B, L, 2, heads, E]. Queries and keys are turned."""
         query, key, value = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        return rotate(query, turned), rotate(key, turned), value
+        return rotate(query, turned), torch.stack((rotate(key, turned), value), -3)
 
-    def attend(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        """Tokens x [B, L, W] with their queries, over S keys; mask [B, L, S] is true where a token may look."""
-        query, key, value = (part.transpose(1, 2) for part in (query, key, value))
-        seen = F.scaled_dot_product_attention(query, key, value, mask.unsqueeze(1))
-        x = x + self.out(seen.transpose(1, 2).flatten(2))
+    def attend(self, x: Tensor, query: Tensor, seen: Tensor, mask: Tensor) -> Tensor:
+        """Tokens x [B, L, W] with their queries, over S keys and values; mask [B, L, S] is true where one may look."""
+        key, value = seen.transpose(1, 3).unbind(2)  # each [B, heads, S, E]
+        found = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, mask.unsqueeze(1))
+        x = x + self.out(found.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm_2(x))
 
 
 class Cache(NamedTuple):
-    """Keys and values of the last `context` - 1 tokens, newest last; those before the episode's start are ignored."""
+    """What each layer has seen: keys and values of the last `context` - 1 tokens, newest last. What is older than the
+    episode is ignored."""
 
-    keys: Tensor  # [B, layers, context - 1, heads, E]
-    values: Tensor
+    seen: tuple[Tensor, ...]  # of each layer [B, context - 1, 2, heads, E]
     age: Tensor  # [B] steps since the episode's start, of the next token
 
-    def repeat(self, n: int) -> "Cache":
-        return Cache(*(x.repeat_interleave(n, 0) for x in self))
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Cache":
+        return Cache(tuple(map(change, self.seen)), change(self.age))
 
 
 class Memory(nn.Module):
@@ -484,9 +485,9 @@ class Memory(nn.Module):
         self.blocks = nn.ModuleList(Block(self.width, self.heads) for _ in range(args.memory_layers))
         self.norm = nn.LayerNorm(self.width)
 
-    def forward(self, z: Tensor, previous: Tensor, age: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    def forward(self, z: Tensor, previous: Tensor, age: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Whole sequences: z [B, L, Z], previous actions [B, L, E] (zeros at an episode's start), age [B, L] steps
-        since that start (negative: padding) -> h [B, L, W], keys and values of each layer [B, L, heads, W / heads]."""
+        since that start (negative: padding) -> h [B, L, W]; keys and values of each layer [B, L, 2, heads, E]."""
         x = self.latent(z) + self.action(previous)
         step = torch.arange(x.shape[1], device=x.device)
         behind = step[:, None] - step  # [L, L]
@@ -494,9 +495,9 @@ class Memory(nn.Module):
         mask = mask | (behind == 0)  # padding sees itself: a softmax over nothing would be NaN
         turned, seen = rotation(age, self.width // self.heads, x.dtype), []
         for block in self.blocks:
-            query, key, value = block.project(x, turned)
-            seen.append((key, value))
-            x = block.attend(x, query, key, value, mask)
+            query, own = block.project(x, turned)
+            seen.append(own)
+            x = block.attend(x, query, own, mask)
         return self.norm(x), seen
 
     def step(self, z: Tensor, previous: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
@@ -504,25 +505,23 @@ class Memory(nn.Module):
         x = (self.latent(z) + self.action(previous)).unsqueeze(1)  # [B, 1, W]
         behind = torch.arange(self.context - 1, -1, -1, device=x.device)  # of each key
         mask = (behind <= cache.age[:, None]).unsqueeze(1)  # [B, 1, context]
-        turned, keys, values = rotation(cache.age[:, None], self.width // self.heads, x.dtype), [], []
-        for layer, block in enumerate(self.blocks):
-            query, key, value = block.project(x, turned)
-            keys.append(torch.cat((cache.keys[:, layer], key), 1))
-            values.append(torch.cat((cache.values[:, layer], value), 1))
-            x = block.attend(x, query, keys[-1], values[-1], mask)
-        keys, values = (torch.stack(part, 1)[:, :, 1:] for part in (keys, values))
-        return self.norm(x)[:, 0], Cache(keys, values, cache.age + 1)
+        turned, seen = rotation(cache.age[:, None], self.width // self.heads, x.dtype), []
+        for block, before in zip(self.blocks, cache.seen, strict=True):
+            query, own = block.project(x, turned)
+            both = torch.cat((before, own), 1)  # [B, context, 2, heads, E]
+            seen.append(both[:, 1:])
+            x = block.attend(x, query, both, mask)
+        return self.norm(x)[:, 0], Cache(tuple(seen), cache.age + 1)
 
     def empty_cache(self, n: int) -> Cache:
         weight = self.norm.weight
-        nothing = weight.new_zeros(n, len(self.blocks), self.context - 1, self.heads, self.width // self.heads)
-        return Cache(nothing, nothing, torch.zeros(n, dtype=torch.int64, device=weight.device))
+        nothing = weight.new_zeros(n, self.context - 1, 2, self.heads, self.width // self.heads)
+        return Cache((nothing,) * len(self.blocks), torch.zeros(n, dtype=torch.int64, device=weight.device))
 
-    def cache(self, seen: list[tuple[Tensor, Tensor]], age: Tensor) -> Cache:
+    def cache(self, seen: list[Tensor], age: Tensor) -> Cache:
         """What the token behind a pass of `forward` needs; age [B] is its own."""
-        pad, length = (0, 0, 0, 0, self.context - 1, 0), seen[0][0].shape[1]
-        keys, values = (torch.stack([F.pad(layer[i], pad)[:, length:] for layer in seen], 1) for i in range(2))
-        return Cache(keys, values, age)
+        pad, length = (0, 0) * 3 + (self.context - 1, 0), seen[0].shape[1]
+        return Cache(tuple(F.pad(layer, pad)[:, length:] for layer in seen), age)
 
 
 # --- agent
@@ -554,7 +553,7 @@ class Unrolled(NamedTuple):
     h: Tensor  # [B, L, W]
     params: Tensor  # [B, L, P]
     values: Tensor  # [B, L]
-    seen: list[tuple[Tensor, Tensor]]  # keys and values of each layer
+    seen: list[Tensor]  # keys and values of each layer [B, L, 2, heads, E]
 
 
 class Agent(nn.Module):
@@ -704,7 +703,7 @@ def action_values(
     the policy for `planning_horizon` steps; then comes the value."""
     shape, num_candidates = action.shape[:2], action.shape[1]
     z, h, action = z.repeat_interleave(num_candidates, 0), h.repeat_interleave(num_candidates, 0), action.flatten(0, 1)
-    cache, total, discount = cache.repeat(num_candidates), 0.0, 1.0
+    cache, total, discount = cache.map(lambda x: x.repeat_interleave(num_candidates, 0)), 0.0, 1.0
     for _ in range(args.planning_horizon):
         taken = encode_action(action, space)
         z, reward, goes_on = agent.imagine(z, h, taken)
@@ -847,8 +846,8 @@ def final_observation(envs: VectorEnv, infos: dict, n: int, device: torch.device
 def reset(envs: VectorEnv, agent: Agent, seed: int) -> Carry:
     obs, infos = envs.reset(seed=seed)
     cache = agent.memory.empty_cache(envs.num_envs)
-    obs, action_mask = observe(envs, obs, infos, cache.keys.device)
-    previous = cache.keys.new_zeros(envs.num_envs, agent.memory.action.in_features)
+    obs, action_mask = observe(envs, obs, infos, cache.age.device)
+    previous = agent.memory.norm.weight.new_zeros(envs.num_envs, agent.memory.action.in_features)
     return Carry(obs, previous, cache, action_mask, np.zeros(envs.num_envs), np.zeros(envs.num_envs, int))
 
 
@@ -898,7 +897,7 @@ def collect(
         if truncated.any():  # their last observations count as any other
             last = torch.stack([final_observation(envs, infos, n, device) for n in np.flatnonzero(truncated)])
             cut = rollout.truncated[t]
-            rollout.next_value[t, cut] = agent.step(last, taken[cut], Cache(*(x[cut] for x in cache)))[3]
+            rollout.next_value[t, cut] = agent.step(last, taken[cut], cache.map(lambda x, cut=cut: x[cut]))[3]
         advance(carry, taken, cache, reward, terminated | truncated)
         for n in np.flatnonzero(terminated | truncated):
             episodes.append((float(carry.returns[n]), int(carry.lengths[n])))
@@ -1003,11 +1002,9 @@ class Dream(NamedTuple):
 def open_loop(agent: Agent, obs: Tensor, previous: Tensor, age: Tensor, starts: range, steps: int) -> Dream:
     """Imagines `steps` steps from each of the rows `starts` of sequences [B, L, ...], without looking again."""
     unrolled, rows = agent.unroll(obs, previous, age), torch.tensor(starts, device=obs.device)
-    caches = [
-        agent.memory.cache([(keys[:, : s + 1], values[:, : s + 1]) for keys, values in unrolled.seen], age[:, s] + 1)
-        for s in starts
-    ]
-    cache = Cache(*(torch.cat(parts) for parts in zip(*caches, strict=True)))  # start by start: M = starts x B
+    caches = [agent.memory.cache([seen[:, : s + 1] for seen in unrolled.seen], age[:, s] + 1) for s in starts]
+    layers = zip(*(cache.seen for cache in caches), strict=True)
+    cache = Cache(tuple(map(torch.cat, layers)), torch.cat([cache.age for cache in caches]))  # M = starts x B
     z, h = (x[:, rows].transpose(0, 1).flatten(0, 1) for x in (unrolled.z, unrolled.h))  # [M, ...]
     start, imagined, ahead = z, [], torch.arange(1, steps + 1, device=obs.device)
     for k in range(1, steps + 1):

@@ -38,7 +38,7 @@ def play(wm, num_rollouts=2, seed=1, env=MIXED, beta=0.7, dtype=torch.float32, *
         wm.collect(envs, agent, rollout, carry, beta, args, generator)
         rollout.advantages, rollout.returns = torch.randn(2, *rollout.reward.shape)
         rollouts.append(rollout)
-    carry.cache = wm.Cache(*(x.clone() for x in carry.cache))  # ordinary tensors, which autograd takes
+    carry.cache = carry.cache.map(torch.clone)  # ordinary tensors, which autograd takes
     carry.obs, carry.previous = carry.obs.clone(), carry.previous.clone()
     agent.to(dtype)
     for rollout in rollouts:
@@ -195,8 +195,7 @@ def test_02_steps_with_the_cache_are_the_masked_pass(worldmodel, layers, context
         cache = cache._replace(age=age[:, t])
         stepped, cache = memory.step(z[:, t], previous[:, t], cache)
         torch.testing.assert_close(stepped, h[:, t], atol=atol, rtol=0)
-    torch.testing.assert_close(memory.cache(seen, cache.age).keys, cache.keys, atol=atol, rtol=0)
-    torch.testing.assert_close(memory.cache(seen, cache.age).values, cache.values, atol=atol, rtol=0)
+    torch.testing.assert_close(memory.cache(seen, cache.age), cache, atol=atol, rtol=0)
 
 
 def test_02_the_prefix_is_as_long_as_it_must_be(worldmodel):
@@ -261,8 +260,8 @@ def test_02_the_rebuilt_cache_is_a_replay_under_the_new_weights(worldmodel):
             *_, cache = agent.step(rollout.obs[t], rollout.previous[t], cache)
     for n in range(3):
         valid = min(int(carry.cache.age[n]), 7)
-        for one, other in ((carry.cache.keys, cache.keys), (carry.cache.values, cache.values)):
-            torch.testing.assert_close(one[n, :, 7 - valid :], other[n, :, 7 - valid :], atol=1e-5, rtol=0)
+        for one, other in zip(carry.cache.seen, cache.seen, strict=True):
+            torch.testing.assert_close(one[n, 7 - valid :], other[n, 7 - valid :], atol=1e-5, rtol=0)
 
 
 # --- the first pass over a rollout is the rollout
@@ -492,7 +491,7 @@ class KnownModel(torch.nn.Module):
 @pytest.mark.parametrize("position, best", [(5, 1), (0, 1), (4, 1)])
 def test_04_the_planner_finds_the_best_first_action(worldmodel, position, best):
     args = worldmodel.Args(planning_horizon=2, gamma=0.9)
-    cache = worldmodel.Cache(*(torch.zeros(1, 1, 1, 1, 1) for _ in range(2)), torch.zeros(1, dtype=torch.int64))
+    cache = worldmodel.Cache((torch.zeros(1, 1),), torch.zeros(1, dtype=torch.int64))
     model, z, generator = KnownModel(worldmodel), torch.tensor([[float(position)]]), torch.Generator().manual_seed(0)
     # the policy is uniform, so the exact Q is a mean over what may follow
     exact = []
@@ -522,11 +521,7 @@ def test_04_imagining_is_stepping(worldmodel):
     action = torch.arange(3).expand(3, -1).unsqueeze(-1)
     generator = torch.Generator().manual_seed(5)
     q = worldmodel.action_values(agent, z, h, cache, action, args, space, torch.Generator().manual_seed(5))
-    rows = [
-        (z[n : n + 1], h[n : n + 1], worldmodel.Cache(*(x[n : n + 1] for x in cache)))
-        for n in range(3)
-        for _ in range(3)
-    ]
+    rows = [(z[n : n + 1], h[n : n + 1], cache.map(lambda x, n=n: x[n : n + 1])) for n in range(3) for _ in range(3)]
     actions, total, discount = action.flatten(0, 1), torch.zeros(9), torch.ones(9)
     for _ in range(4):
         results = []
