@@ -138,7 +138,7 @@ class Args:
 
     # --- planning
     planning: Literal["off", "train", "always"] = "always"
-    """plan never, in training only, or also where the closing evaluation is counted"""
+    """plan never, in training only, or in evaluations too"""
     planning_horizon: int = 5
     """steps to imagine, at the end of which the value stands for the rest"""
     planning_samples: int = 32
@@ -175,10 +175,14 @@ def check(args: Args) -> None:
         need(value >= 0, f"{flag} must not be negative, not {value}")
         need(value <= 1 or name not in ("gamma", "gae_lambda"), f"{flag} must be at most 1, not {value}")
     need(args.num_minibatches <= args.num_envs, "--num-minibatches must not exceed --num-envs")
+    need(args.num_steps > 1, "--num-steps must be above 1: the model learns from one step to the next")
+    need(args.planning_samples > 1, "--planning-samples must be above 1")
     need(args.memory_width % (2 * args.memory_heads) == 0, "--memory-width must be a multiple of 2 x --memory-heads")
     exclusive = [args.resume, args.init_from, args.evaluate]
     need(sum(map(bool, exclusive)) <= 1, "--resume, --init-from and --evaluate exclude each other")
     need(not args.dream or args.evaluate, "--dream needs --evaluate, a checkpoint")
+    writable = not args.dream or (Path(args.dream).suffix == ".gif" and Path(args.dream).parent.is_dir())
+    need(writable, f"--dream must be a .gif in an existing folder, not {args.dream}")
     continued = args.init_from or args.resume or args.evaluate
     need(args.stage != "memory" or continued, "--stage memory needs --init-from, a checkpoint of --stage vision")
     moviepy = not args.capture_video or importlib.util.find_spec("moviepy")
@@ -228,8 +232,9 @@ def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> Vecto
 
 
 def obs_shape(space: gym.Space) -> tuple[int, ...]:
-    """(height, width, channels) of an image, else (entries of the flattened observation,)."""
-    image = isinstance(space, Box) and space.dtype == np.uint8 and len(space.shape) == 3
+    """(height, width, channels) of an image, at least 16 x 16, else (entries of the flattened observation,)."""
+    bytes_3d = isinstance(space, Box) and space.dtype == np.uint8 and len(space.shape) == 3
+    image = bytes_3d and min(space.shape[:2]) >= 16
     return space.shape if image else (len(entry_names(space)),)
 
 
@@ -244,7 +249,7 @@ def env_action(action: Tensor, space: gym.Space) -> np.ndarray:
         return array + space.start
     bounded = np.isfinite(space.low) & np.isfinite(space.high)
     low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
-    return (low + (np.tanh(array) + 1) / 2 * (high - low)).astype(space.dtype)
+    return np.clip(low + (np.tanh(array) + 1) / 2 * (high - low), space.low, space.high).astype(space.dtype)
 
 
 def encode_action(action: Tensor, space: gym.Space) -> Tensor:
@@ -336,8 +341,8 @@ class ProductEMA(nn.Module):
 
 
 class FSQ(nn.Module):
-    """Finite scalar quantisation (Mentzer et al. 2023, arXiv 2309.15505): each entry is rounded to one of 8 values in
-    [-1, 1]. Nothing to learn, and no codes that die."""
+    """Finite scalar quantisation (Mentzer et al. 2023, arXiv 2309.15505): each entry, bounded by the encoder's tanh, is
+    rounded to one of 8 values in [-1, 1]. Nothing to learn, and no codes that die."""
 
     levels = 8
 
@@ -348,7 +353,7 @@ class FSQ(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As ProductEMA's, without a commitment loss."""
         half = (self.levels - 1) / 2
-        bounded = x.tanh()
+        bounded = x.clamp(-1, 1)
         level = (bounded * half + half).round()  # 0 to 7
         digits = level.detach().long().unflatten(-1, (self.sites, -1))
         index = (digits * self.levels ** torch.arange(digits.shape[-1], device=x.device)).sum(-1)
@@ -402,6 +407,9 @@ class Vision(nn.Module):
             self.obs_stats = RunningMeanStd(shape)
             self.encoder = nn.Sequential(nn.Linear(shape[0], 64), nn.ReLU(), nn.Linear(64, self.size))
             self.decoder = nn.Sequential(nn.Linear(self.size, 64), nn.ReLU(), nn.Linear(64, shape[0]))
+
+        if quantizer == "fsq":
+            self.encoder.append(nn.Tanh())
 
     def normalize(self, obs: Tensor) -> Tensor:
         """What is encoded, and what the decoder gives: images [..., C, height, width] in [-0.5, 0.5], or vectors."""
@@ -546,9 +554,7 @@ def controller(inputs: int, outputs: int, gain: float, kind: str) -> nn.Sequenti
 class Unrolled(NamedTuple):
     """What the networks make of observations [B, L, ...]."""
 
-    x: Tensor  # [B, L, Z] latents before they are quantised
-    z: Tensor  # [B, L, Z]
-    index: Tensor  # [B, L, sites] of their codes
+    z: Tensor  # [B, L, Z] latents
     commitment: Tensor  # [B, L]
     h: Tensor  # [B, L, W]
     params: Tensor  # [B, L, P]
@@ -609,10 +615,9 @@ class Agent(nn.Module):
 
     def unroll(self, obs: Tensor, previous: Tensor, age: Tensor, action_mask: Tensor | None = None) -> Unrolled:
         """Whole sequences, as Memory.forward takes them: obs [B, L, *shape], action_mask [B, L, P]."""
-        x = self.vision.encode(obs)
-        z, index, commitment = self.vision.quantizer(x)
+        z, _, commitment = self.vision.quantizer(self.vision.encode(obs))
         h, seen = self.memory(z, previous, age)
-        return Unrolled(x, z, index, commitment, h, *self.control(z, h, action_mask), seen)
+        return Unrolled(z, commitment, h, *self.control(z, h, action_mask), seen)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """Weights by what they belong to."""
@@ -624,17 +629,21 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def update_statistics(self, obs: Tensor, returns: Tensor, generator: torch.Generator | None = None) -> None:
-        """Merges obs [M, *shape] and returns [M], moves the codebook if there is a generator, and rescales the critic
-        so that its denormalised values stay the same (details 1 and 8; PopArt, arXiv 1602.07714, eq. 9)."""
+        """Merges obs [M, *shape] and returns [M], moves the codebook if there is a generator, and rescales critic and
+        reward head so that what they say in units of reward stays the same (details 1 and 8; PopArt, arXiv 1602.07714,
+        eq. 9)."""
         mean, std, last = self.return_stats.mean.clone(), self.return_stats.std.clone(), self.critic[-1]
+        if generator is not None and not self.vision.image:
+            self.vision.obs_stats.update(obs)
+        x = self.vision.encode(obs)
         if generator is not None:
-            if not self.vision.image:
-                self.vision.obs_stats.update(obs)
-            self.vision.quantizer.update(self.vision.encode(obs), generator)
-        self.latent_stats.update(self.vision.quantizer(self.vision.encode(obs))[0].flatten())
+            self.vision.quantizer.update(x, generator)
+        self.latent_stats.update(self.vision.quantizer(x)[0].flatten())
         self.return_stats.update(returns)
         last.weight.mul_(std / self.return_stats.std)
         last.bias.copy_((std * last.bias + mean - self.return_stats.mean) / self.return_stats.std)
+        for weight in (self.model[-1].weight, self.model[-1].bias):
+            weight[-2] *= std / self.return_stats.std
 
 
 def choices(space: gym.Space) -> list[int]:
@@ -721,16 +730,17 @@ def steer(params: Tensor, action: Tensor, q: Tensor, beta: float, space: gym.Spa
 
     Discrete: logits + beta (Q - mean of Q under the policy), the completed-Q form of Gumbel MuZero (Danihelka et al.
     2022). Box: candidates [N, K, A] drawn from the policy weigh exp(beta Q); the Gaussian moves as their mean does, and
-    narrows as their spread does, down to half. Equal Q change nothing.
+    its spread changes as theirs, unbiased, by a factor of at most 2. Equal Q change nothing.
     """
     if isinstance(space, Discrete):
         return params + beta * (q - (params.softmax(-1) * q).sum(-1, keepdim=True))
     mean, log_std = params.chunk(2, -1)
     weight = (beta * q).softmax(-1).unsqueeze(-1)  # [N, K, 1]
     center, new_center = action.mean(1), (weight * action).sum(1)  # [N, A]
-    spread, new_spread = action.var(1, correction=0), (weight * (action - new_center[:, None]) ** 2).sum(1)
-    narrower = (0.5 * (new_spread / spread.clamp(min=1e-12)).clamp(min=1e-12).log()).clamp(math.log(0.5), 0)
-    return torch.cat((mean + new_center - center, log_std + narrower), -1)
+    variance = action.var(1).clamp(min=1e-12)
+    new_variance = (weight * (action - new_center[:, None]) ** 2).sum(1) / (1 - weight.square().sum(1)).clamp(min=1e-6)
+    wider = 0.5 * (new_variance / variance).clamp(0.25, 4).log()
+    return torch.cat((mean + new_center - center, log_std + wider), -1)
 
 
 def plan(
@@ -794,7 +804,6 @@ class Rollout:
         self.reward = empty()
         self.terminated = empty(dtype=torch.bool)
         self.truncated = empty(dtype=torch.bool)
-        self.advantages, self.returns = empty(), empty()
 
     @property
     def done(self) -> Tensor:
@@ -843,6 +852,18 @@ def final_observation(envs: VectorEnv, infos: dict, n: int, device: torch.device
     return torch.from_numpy(finite(flat, "final observation")).to(device)
 
 
+def step_envs(envs: VectorEnv, action: np.ndarray) -> tuple:
+    try:
+        return envs.step(action)
+    except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+        if not isinstance(envs, AsyncVectorEnv):
+            raise
+        for process in envs.processes:  # Gymnasium's close would wait for the dead one
+            process.terminate()
+        envs.closed = True
+        raise RuntimeError("the process of an environment died") from error
+
+
 def reset(envs: VectorEnv, agent: Agent, seed: int) -> Carry:
     obs, infos = envs.reset(seed=seed)
     cache = agent.memory.empty_cache(envs.num_envs)
@@ -881,15 +902,7 @@ def collect(
         if t:
             rollout.next_value[t - 1] = torch.where(rollout.done[t - 1], rollout.next_value[t - 1], value)
 
-        try:
-            obs, reward, terminated, truncated, infos = envs.step(env_action(action, space))
-        except (EOFError, BrokenPipeError, ConnectionResetError) as error:
-            if not isinstance(envs, AsyncVectorEnv):
-                raise
-            for process in envs.processes:  # Gymnasium's close would wait for the dead one
-                process.terminate()
-            envs.closed = True
-            raise RuntimeError("the process of an environment died") from error
+        obs, reward, terminated, truncated, infos = step_envs(envs, env_action(action, space))
         carry.obs, carry.action_mask = observe(envs, obs, infos, device)
         rollout.reward[t] = torch.from_numpy(finite(reward, "reward"))
         rollout.terminated[t], rollout.truncated[t] = torch.from_numpy(terminated), torch.from_numpy(truncated)
@@ -912,7 +925,8 @@ def collect(
 @torch.no_grad()
 def rebuild_cache(agent: Agent, rollout: Rollout, carry: Carry) -> None:
     """Recomputes the keys and values that the next step looks back on, with weights and statistics as they now are."""
-    seen = agent.unroll(*(x[:, -agent.memory.prefix - 1 :] for x in rollout.columns(slice(None)))).seen
+    last = agent.memory.prefix + 1  # `prefix` rows would do, but there may be none
+    seen = agent.unroll(*(x[:, -last:] for x in rollout.columns(slice(None)))).seen
     carry.cache = agent.memory.cache(seen, carry.cache.age)
 
 
@@ -935,11 +949,12 @@ def a2c_loss(
     if rollout.action_mask is not None:
         masks = F.pad(take(rollout.action_mask), (0, 0, rollout.prefix, 0), value=True)
     unrolled = agent.unroll(*rollout.columns(chosen), masks)
-    _, z, _, commitment, h, params, value = (part[:, rollout.prefix :] for part in unrolled[:-1])  # [B, T, ...]
+    z, commitment, h, params, value = (part[:, rollout.prefix :] for part in unrolled[:-1])  # [B, T, ...]
     logprob, entropy = logprob_entropy(params, take(rollout.action), space)
     log_ratio, advantage = logprob - take(rollout.logprob), take(rollout.advantages)
     ratio = log_ratio.exp()
-    weight = (take(rollout.logprob) - take(rollout.behaviour_logprob)).exp().clamp(max=args.importance_cap)
+    importance = (take(rollout.logprob) - take(rollout.behaviour_logprob)).exp()
+    weight = importance.clamp(max=args.importance_cap)
 
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     terms = {
@@ -952,13 +967,14 @@ def a2c_loss(
         terms["distill_loss"] = beta * cross_entropy(params, take(rollout.behaviour), space)
     per_step = terms | {
         "entropy": entropy,
-        "old_approx_kl": -log_ratio,
-        "approx_kl": ratio - 1 - log_ratio,  # http://joschu.net/blog/kl-approx.html
+        "old_approx_kl": importance * -log_ratio,
+        "approx_kl": importance * (ratio - 1 - log_ratio),  # http://joschu.net/blog/kl-approx.html
         "clipfrac": ((ratio - 1).abs() > args.clip_coef).float(),
         "importance": weight,
     }
     metrics = {name: x.sum() / num_steps for name, x in per_step.items()}
-    weights = {"vision_loss": args.vision_coef, "memory_loss": args.memory_coef}
+    weights = {"vision_loss": args.vision_coef} if args.stage != "memory" else {}
+    weights |= {"memory_loss": args.memory_coef} if args.stage != "vision" else {}
     if args.stage == "all":
         weights |= {"policy_loss": 1.0, "value_loss": args.vf_coef, "distill_loss": args.distill_coef}
         weights |= {"entropy": -args.ent_coef}
@@ -1162,7 +1178,7 @@ def evaluate(
             taken = envs.action_space.sample()
         else:  # uniform over what is allowed
             taken = env_action(sample(carry.action_mask.float().log(), space, generator), space)
-        obs, reward, terminated, truncated, infos = envs.step(taken)
+        obs, reward, terminated, truncated, infos = step_envs(envs, taken)
         carry.obs, carry.action_mask = observe(envs, obs, infos, carry.obs.device)
         advance(carry, encode_action(action, space), cache, reward, terminated | truncated)
         for n in np.flatnonzero(terminated | truncated):
@@ -1243,6 +1259,10 @@ def transfer(agent: Agent, state: dict, args: Args) -> None:
     must fit, and so must vision if memory is to learn from it."""
     own, saved = agent.state_dict(), state["args"]
     fitting = {name: x for name, x in state["agent"].items() if name in own and own[name].shape == x.shape}
+    other = {name.rpartition(".")[0] for name in own.keys() - fitting.keys()}  # whose statistics would be half theirs
+    if saved["env_id"] != args.env_id:
+        other.add("return_stats")
+    fitting = {name: x for name, x in fitting.items() if "stats" not in name or name.rpartition(".")[0] not in other}
     needed = {"vision": ("vision",), "memory": ("vision", "memory", "model"), "all": ()}[saved["stage"]]
     if args.stage == "memory":
         needed = {"vision", *needed}
@@ -1394,14 +1414,15 @@ def train(args: Args) -> dict:
     rng = torch.Generator(device).manual_seed(args.seed + rank)
     parts, progress = {"agent": agent, "optimizer": optimizer, "rng": rng}, Progress()
     if args.evaluate or args.resume:
-        progress = restore(parts, load(args.evaluate or f"{args.resume}/checkpoint.pt", args))
+        needed = {"agent": agent} if args.evaluate else parts
+        progress = restore(needed, load(args.evaluate or f"{args.resume}/checkpoint.pt", args))
         if rank > 0:  # the checkpoint holds the generator of rank 0
             rng.manual_seed(args.seed + rank + progress.global_step)
     if args.evaluate:
         envs.close()
         run_dir = Path(args.evaluate).parent
         scores, played = assess(agent, args, progress.beta(args), run_dir, closing=True)
-        if args.dream:
+        if args.dream and played.longest.obs.shape[1] > 1:
             write_dream(agent, played.longest, names, args.dream)
         return summary(scores, progress, args, run_dir)
     if progress.global_step >= args.total_timesteps:
@@ -1422,10 +1443,8 @@ def train(args: Args) -> dict:
             started = time.perf_counter()
             remaining = 1 - progress.global_step / args.total_timesteps if args.anneal_lr else 1.0
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
-            rollout, beta = (
-                Rollout(args, agent, space, carry.action_mask is not None, device, rollout),
-                progress.beta(args),
-            )
+            beta = progress.beta(args)
+            rollout = Rollout(args, agent, space, carry.action_mask is not None, device, rollout)
             episodes = collect(envs, agent, rollout, carry, beta, args, rng)
             ends = rollout.terminated, rollout.truncated
             advantages, returns = gae(
@@ -1442,7 +1461,9 @@ def train(args: Args) -> dict:
             batch_size = steps_per_update / args.num_minibatches
             log = []  # metrics of each minibatch
             for _ in range(args.update_epochs if agent.return_stats.count else 0):
-                for chosen in torch.randperm(args.num_envs, generator=rng, device=device).chunk(args.num_minibatches):
+                for chosen in torch.randperm(args.num_envs, generator=rng, device=device).tensor_split(
+                    args.num_minibatches
+                ):
                     loss, metrics = a2c_loss(agent, rollout, chosen, space, beta, args, batch_size)
                     optimizer.zero_grad()
                     loss.backward()
@@ -1454,8 +1475,8 @@ def train(args: Args) -> dict:
             scalars = mean_metrics(log)
 
             # --- statistics, codebook, cache (details 1, 2, 8)
-            seen = rollout.obs[rollout.prefix :].flatten(0, 1)
-            agent.update_statistics(seen, returns.flatten(), rng if args.stage != "memory" else None)
+            obs = rollout.obs[rollout.prefix :].flatten(0, 1)
+            agent.update_statistics(obs, returns.flatten(), rng if args.stage != "memory" else None)
             rebuild_cache(agent, rollout, carry)
             at_horizon = float(skill[min(args.planning_horizon, len(skill)) - 1])
             if log and math.isfinite(at_horizon):
@@ -1471,6 +1492,7 @@ def train(args: Args) -> dict:
             if episodes:
                 scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0)
             if log:
+                del scalars["losses/ratio_error"]
                 scalars["losses/first_ratio_error"] = error = float(log[0]["losses/ratio_error"])
                 if error > 1e-3:
                     warnings.warn("rollout and update compute different log-probabilities", stacklevel=1)
@@ -1483,12 +1505,13 @@ def train(args: Args) -> dict:
             bar.update(steps_per_update)
             due = args.checkpoint_every and progress.update % args.checkpoint_every == 0
             closing = progress.global_step >= args.total_timesteps
-            if not stop and (due or closing):
+            if closing or (due and not stop):
                 scores, played = assess(agent, args, progress.beta(args), run_dir, closing)
                 scalars |= scores
-                figure = dream_figure(agent, played.longest, names)
-                figure.savefig(run_dir / "dream.png", dpi=100)
-                writer.add_figure("world/dream", figure, progress.global_step)
+                if played.longest.obs.shape[1] > 1:
+                    figure = dream_figure(agent, played.longest, names)
+                    figure.savefig(run_dir / "dream.png", dpi=100)
+                    writer.add_figure("world/dream", figure, progress.global_step)
             for name, value in scalars.items():
                 writer.add_scalar(name, value, progress.global_step)
             if "eval/episodic_return" in scalars and scalars["eval/episodic_return"] > progress.best:
@@ -1503,7 +1526,8 @@ def train(args: Args) -> dict:
             writer.close()
             if progress.global_step < args.total_timesteps and (run_dir / "checkpoint.pt").exists():
                 print(f"continue with: python {sys.argv[0]} --resume {run_dir}", file=sys.stderr)
-    return {} if rank > 0 or stop else summary(scalars, progress, args, run_dir)
+    unfinished = progress.global_step < args.total_timesteps
+    return {} if rank > 0 or unfinished else summary(scalars, progress, args, run_dir)
 
 
 def main() -> None:

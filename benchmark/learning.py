@@ -9,7 +9,8 @@
     python benchmark/learning.py leduc           # 15 minutes
     python benchmark/learning.py leduc_ablation  # 8 minutes
     python benchmark/learning.py phantom_go      # 8 minutes
-    python benchmark/learning.py worldmodel      # 30 minutes
+    python benchmark/learning.py worldmodel      # 20 minutes
+    python benchmark/learning.py quantizers      # 10 minutes
     python benchmark/learning.py carracing       # half an hour
 
 Results: {task}_curves.csv, {task}_final.csv and {task}.png in benchmark/results/. `--plot-only` draws them again.
@@ -110,6 +111,12 @@ TASKS = {  # task: (seeds, title, {label: command}), and what is plotted if not 
             "product EMA, planning": WORLDMODEL,
             "planning off": f"{WORLDMODEL} --planning off",
             "planning off, linear controller": f"{WORLDMODEL} --planning off --controller linear",
+        },
+    ),
+    "quantizers": (
+        range(1, 4),
+        "CartPole-v1 with a world model: quantisers",
+        {
             "FSQ, planning": f"{WORLDMODEL} --quantizer fsq",
             "not quantised, planning": f"{WORLDMODEL} --quantizer none",
         },

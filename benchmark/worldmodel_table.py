@@ -1,4 +1,4 @@
-"""Tables of what `python benchmark/learning.py worldmodel` measured: planning and quantisers, with intervals.
+"""Tables of what `python benchmark/learning.py worldmodel` and `quantizers` measured, with intervals.
 
     python benchmark/worldmodel_table.py    # results/worldmodel_table.md
 
@@ -27,12 +27,13 @@ def interval(values: list[float], digits: int, sign: str = "") -> str:
 
 def main() -> None:
     finals, curves = defaultdict(dict), defaultdict(lambda: defaultdict(list))
-    with open(RESULTS / "worldmodel_final.csv") as file:
-        for row in csv.DictReader(file):
-            finals[row["label"]][int(row["seed"])] = row
-    with open(RESULTS / "worldmodel_curves.csv") as file:
-        for row in csv.DictReader(file):
-            curves[row["label"]][int(row["seed"])].append(float(row["episodic_return"] or "nan"))
+    for task in ("worldmodel", "quantizers"):
+        with open(RESULTS / f"{task}_final.csv") as file:
+            for row in csv.DictReader(file):
+                finals[row["label"]][int(row["seed"])] = row
+        with open(RESULTS / f"{task}_curves.csv") as file:
+            for row in csv.DictReader(file):
+                curves[row["label"]][int(row["seed"])].append(float(row["episodic_return"] or "nan"))
 
     def column(label: str, name: str) -> list[float]:
         return [float(row[name]) for _, row in sorted(finals[label].items()) if row.get(name)]
@@ -47,7 +48,7 @@ def main() -> None:
     ]
     for label in finals:
         returns = column(label, "eval_return_mean")
-        beyond = "" if label == BASE else interval(area(BASE) - area(label), 0, "+")
+        beyond = "" if label == BASE else interval(area(BASE)[: len(returns)] - area(label), 0, "+")
         at_500 = f"{sum(value == 500 for value in returns)} of {len(returns)}"
         cells = [label, len(returns), interval(returns, 1), at_500, interval(area(label), 0), beyond]
         lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -52,8 +52,10 @@ class CarRacing(car_racing.CarRacing):
 
     def shrink(self, pixels: np.ndarray) -> np.ndarray:
         """[96, 96, 3] -> [64, 64, C], each pixel the mean of what it covers."""
-        halves = pixels.astype(np.float32).repeat(2, 0).repeat(2, 1)
-        small = halves.reshape(SIZE, 3, SIZE, 3, 3).mean((1, 3))
+        rows = pixels.reshape(32, 3, 96, 3).astype(np.float32)  # of three, two new ones: 2/3 a + 1/3 b, 1/3 b + 2/3 c
+        rows = np.stack((2 * rows[:, 0] + rows[:, 1], rows[:, 1] + 2 * rows[:, 2]), 1).reshape(SIZE, 32, 3, 3)
+        small = np.stack((2 * rows[:, :, 0] + rows[:, :, 1], rows[:, :, 1] + 2 * rows[:, :, 2]), 2)
+        small = small.reshape(SIZE, SIZE, 3) / 9
         if self.gray:
             small = small @ np.array([[0.299], [0.587], [0.114]], np.float32)
         return (small + 0.5).astype(np.uint8)

@@ -115,13 +115,13 @@ def test_01_product_codes_are_positions(worldmodel):
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(-5, 5), min_size=6, max_size=6))
 def test_01_fsq_round_trip(worldmodel, values):
-    """Codes are one of 8 levels, the nearest to tanh; coding a code again changes nothing; indices name them."""
+    """Codes are one of 8 levels, the nearest within bounds; coding a code again changes nothing; indices name them."""
     quantizer, x = worldmodel.FSQ(2, 3), torch.tensor([values])
     code, index, commitment = quantizer(x)
     levels = torch.linspace(-1, 1, 8)
     assert (code[..., None] - levels).abs().min(-1).values.max() < 1e-6
-    assert (code - x.tanh()).abs().max() <= 1 / 7 + 1e-6 and commitment.item() == 0
-    torch.testing.assert_close(quantizer(code.clamp(-0.9999999, 0.9999999).atanh())[0], code)
+    assert (code - x.clamp(-1, 1)).abs().max() <= 1 / 7 + 1e-6 and commitment.item() == 0
+    torch.testing.assert_close(quantizer(code)[0], code)
     digits = ((code.view(2, 3) + 1) * 3.5).round().long()
     assert index[0].tolist() == [sum(d * 8**i for i, d in enumerate(site)) for site in digits.tolist()]
 
@@ -132,8 +132,9 @@ def test_01_gradients_go_straight_through(worldmodel, name):
     x = torch.randn(7, vision.size, requires_grad=True)
     weight = torch.randn(7, vision.size)
     (gradient,) = torch.autograd.grad((vision.quantizer(x)[0] * weight).sum(), x)
-    expected = weight * (1 - x.tanh() ** 2) if name == "fsq" else weight
-    torch.testing.assert_close(gradient, expected)
+    torch.testing.assert_close(gradient, weight * (x.abs() <= 1) if name == "fsq" else weight)
+    codes = vision.quantizer(vision.encode(torch.randn(50, 4)))[0]
+    torch.testing.assert_close(vision.quantizer(codes)[0], codes)  # what is imagined perfectly stays what it is
 
 
 @pytest.mark.parametrize("name", ["ema", "fsq", "none"])
@@ -212,7 +213,7 @@ def test_02_the_prefix_is_as_long_as_it_must_be(worldmodel):
         return (part[:, prefix:] - whole[:, 30:]).abs().max().item()
 
     assert memory.prefix == 10 and error(10) < 1e-12
-    assert error(9) > 1e-6 and error(5) > 10 * error(9) / 10
+    assert error(9) > 1e-6 and error(5) > 1e-3
 
 
 def test_02_gradient_reaches_exactly_the_receptive_field(worldmodel):
@@ -433,7 +434,7 @@ def test_04_steering_is_the_policy_times_exp_beta_q(worldmodel):
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000), beta=st.floats(0.01, 20))
 def test_04_planned_densities_are_those_of_what_acts(worldmodel, seed, beta):
-    """Discrete ones add up to 1 and forbid what is masked; a Box's Gaussian is no wider, and at least half as wide."""
+    """Discrete ones add up to 1 and forbid what is masked; a Box's Gaussian is at most twice as wide or narrow."""
     generator = torch.Generator().manual_seed(seed)
     logits, q = torch.randn(4, 5, generator=generator), 10 * torch.randn(4, 5, generator=generator)
     logits[:, 2] = torch.finfo(logits.dtype).min
@@ -446,7 +447,7 @@ def test_04_planned_densities_are_those_of_what_acts(worldmodel, seed, beta):
     action = worldmodel.sample(params[:, None].expand(-1, 8, -1), space, generator)
     steered = worldmodel.steer(params, action, 10 * torch.randn(4, 8, generator=generator), beta, space)
     change = (steered - params)[:, 3:]
-    assert steered.isfinite().all() and (change <= 1e-6).all() and (change >= math.log(0.5) - 1e-6).all()
+    assert steered.isfinite().all() and (change.abs() <= math.log(2) + 1e-6).all()
 
 
 def test_04_planned_samples_follow_the_stored_density(worldmodel):
@@ -468,17 +469,18 @@ def test_04_planned_samples_follow_the_stored_density(worldmodel):
 
 
 class KnownModel(torch.nn.Module):
-    """Stands for an Agent whose world is a walk on 0 to 6: action 1 goes up, 0 down. Reward 1 for reaching 6; the walk
-    ends below 0, which only the continue head knows."""
+    """Stands for an Agent whose world is a walk on 0 to 6: action `up` goes up, the other down. Reward 1 for reaching
+    6; the walk ends below 0, which only the continue head knows."""
 
-    def __init__(self, worldmodel):
+    def __init__(self, worldmodel, up):
         super().__init__()
+        self.up = up
         self.return_stats = worldmodel.RunningMeanStd(())
         self.vision, self.memory, self.log_std = self, self, None
         self.quantizer = lambda z: (z,)
 
     def imagine(self, z, h, action):
-        position = z + action[..., 1:] - action[..., :1]
+        position = z + 2 * action[..., self.up : self.up + 1] - 1
         return position, (position[..., 0] >= 6).float(), torch.where(position[..., 0] < 0, -50.0, 50.0)
 
     def step(self, z, action, cache):
@@ -488,14 +490,19 @@ class KnownModel(torch.nn.Module):
         return torch.zeros(len(z), 2), 1.0 - (z[..., 0] - 3).abs() / 10  # a value that prefers the middle
 
 
-@pytest.mark.parametrize("position, best", [(5, 1), (0, 1), (4, 1)])
+@pytest.mark.parametrize("best", [0, 1])
+@pytest.mark.parametrize("position", [5, 4, 0])
 def test_04_the_planner_finds_the_best_first_action(worldmodel, position, best):
     args = worldmodel.Args(planning_horizon=2, gamma=0.9)
     cache = worldmodel.Cache((torch.zeros(1, 1),), torch.zeros(1, dtype=torch.int64))
-    model, z, generator = KnownModel(worldmodel), torch.tensor([[float(position)]]), torch.Generator().manual_seed(0)
+    model, z, generator = (
+        KnownModel(worldmodel, up=best),
+        torch.tensor([[float(position)]]),
+        torch.Generator().manual_seed(0),
+    )
     # the policy is uniform, so the exact Q is a mean over what may follow
     exact = []
-    for first in (-1, 1):
+    for first in (-1, 1) if best == 1 else (1, -1):
         values = []
         for second in (-1, 1):
             one, two = position + first, position + first + second
@@ -509,9 +516,9 @@ def test_04_the_planner_finds_the_best_first_action(worldmodel, position, best):
     )
     np.testing.assert_allclose(q.mean(0).numpy(), exact, atol=0.06)
     assert np.argmax(exact) == best == q.mean(0).argmax()
-    args.planning_horizon = 1
+    args.planning_horizon = 1  # from 4, the reward is out of sight, and the middle has the higher value
     greedy = worldmodel.plan(model, z, z, torch.zeros(1, 2), cache, 1.0, args, Discrete(2), generator)[1]
-    assert position == 4 or greedy.item() == best
+    assert greedy.item() == (1 - best if position == 4 else best)
 
 
 def test_04_imagining_is_stepping(worldmodel):
@@ -586,10 +593,22 @@ def test_06_tanh_density_and_entropy_by_numerical_integration(worldmodel):
     torch.testing.assert_close(worldmodel.log_slope(far), math.log(4) - 2 * far.abs())
 
 
+def test_04_noise_does_not_narrow_what_acts(worldmodel):
+    """On average over many plans, noise on Q leaves the spread of a Box's actions as it is."""
+    generator, space = torch.Generator().manual_seed(0), Box(-1, 1, (1,))
+    params = torch.zeros(20_000, 2)
+    action = worldmodel.sample(params[:, None].expand(-1, 16, -1), space, generator)
+    q = 0.5 * torch.randn(20_000, 16, generator=generator)
+    change = worldmodel.steer(params, action, q, 1.0, space)[:, 1]
+    assert abs((2 * change).exp().mean().item() - 1) < 0.03
+
+
 def test_06_box_actions_are_squashed_to_their_bounds(worldmodel):
     space = Box(np.array([-2, 0, -np.inf], np.float32), np.array([2, 10, np.inf], np.float32))
     action = torch.tensor([[0.0, 0.0, 50.0], [-50.0, 50.0, -50.0]])
     np.testing.assert_allclose(worldmodel.env_action(action, space), [[0, 5, 1], [-2, 10, -1]], rtol=1e-6)
+    half = Box(np.array([0], np.float32), np.array([np.inf], np.float32))
+    assert worldmodel.env_action(torch.tensor([[-3.0], [50.0]]), half).tolist() == [[0], [1]]
     assert worldmodel.env_action(torch.tensor([[2]]), Discrete(3, start=5)).tolist() == [7]
 
 
@@ -618,8 +637,12 @@ def test_08_popart_keeps_the_values(worldmodel):
     for kind in ("mlp", "linear"):
         _, agent, _, (_, rollout), _ = play(worldmodel, controller=kind)
         z, h = torch.randn(40, agent.vision.size), torch.randn(40, 16)
-        before = agent.return_stats.denormalize(agent.control(z, h)[1])
+        before, action = agent.return_stats.denormalize(agent.control(z, h)[1]), torch.zeros(40, 3)
+        reward = agent.imagine(z, h, action)[1] * agent.return_stats.std
         agent.update_statistics(rollout.obs[-24:].flatten(0, 1), torch.randn(100) * 50 + 300)
+        torch.testing.assert_close(
+            agent.imagine(z, h, action)[1] * agent.return_stats.std, reward, atol=1e-3, rtol=1e-5
+        )
         torch.testing.assert_close(agent.return_stats.denormalize(agent.control(z, h)[1]), before, atol=1e-3, rtol=1e-5)
 
 

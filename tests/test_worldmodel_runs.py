@@ -65,12 +65,16 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("changes", VARIANTS)
-def test_the_same_seed_gives_the_same_scalars(worldmodel, tmp_path, changes):
+def test_the_same_seed_gives_the_same_scalars(worldmodel, tmp_path, changes, monkeypatch):
+    real = worldmodel.forecast_skill
+    monkeypatch.setattr(worldmodel, "forecast_skill", lambda *args: real(*args) * 0 + 0.9)  # so that plans act
     first, second = (small_run(worldmodel, tmp_path / name, **changes) for name in "ab")
     tags = scalars(first["run_dir"])
     same_but_for_time(tags, scalars(second["run_dir"]))
     assert first["eval_return_mean"] == second["eval_return_mean"]
     assert all(error < 1e-4 for _, error in tags["losses/first_ratio_error"])
+    steered = [beta for _, beta in tags["planning/beta"]]
+    assert steered[-1] > 0.5 if changes.get("planning") != "off" else not any(steered)
     expected = {f"gradients/{name}" for name in ("vision", "memory", "controller")}
     expected |= {f"vision/{name}" for name in ("usage", "perplexity", "psnr")} | {"model/skill_k1", "planning/beta"}
     assert expected | {"losses/vision_loss", "losses/memory_loss", "charts/episodic_return"} <= tags.keys()
@@ -138,7 +142,9 @@ def test_stages_learn_their_part_and_hand_it_on(worldmodel, tmp_path):
         state = worldmodel.load(path)["agent"]
         names = {"vision": "vision.", "memory": ("memory.", "model."), "controller": ("actor.", "critic.")}
         return {
-            part: {n: x for n, x in state.items() if n.startswith(start) and "critic.6" not in n}  # PopArt moves that
+            part: {
+                n: x for n, x in state.items() if n.startswith(start) and not n.startswith(("critic.6", "model.2"))
+            }  # which PopArt moves
             for part, start in names.items()
         }
 
@@ -175,8 +181,28 @@ def test_stages_refuse_what_does_not_fit(worldmodel, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_dream_has_to_go_somewhere(worldmodel, tmp_path):
+    for path in ("a.mp4", str(tmp_path / "nowhere" / "a.gif")):
+        with pytest.raises(worldmodel.InputError, match=r"must be a .gif in an existing folder"):
+            worldmodel.check(worldmodel.Args(evaluate="a.pt", dream=path))
+
+
+def test_one_step_episodes(worldmodel, tmp_path):
+    result = small_run(worldmodel, tmp_path, env_kwargs='{"lengths": [1]}')
+    assert result["model_skill_k1"] is None and not list(tmp_path.glob("*/dream.png"))
+
+
+def test_minibatches_are_as_many_as_asked_for(worldmodel, tmp_path):
+    result = small_run(worldmodel, tmp_path, num_envs=5, num_minibatches=4, planning="off", total_timesteps=80 * 4)
+    assert [x for _, x in scalars(result["run_dir"])["losses/importance"]] == pytest.approx([1.0] * 3)
+
+
 def test_transfer_takes_what_fits(worldmodel, tmp_path, capfd):
     first = checkpoint_of(small_run(worldmodel, tmp_path))
+    cartpole = {"env_id": "ToyPendulum-v0", "env_kwargs": "{}", "learning_rate": 1e-9}
+    other = checkpoint_of(small_run(worldmodel, tmp_path / "o", init_from=first, total_timesteps=64, **cartpole))
+    counts = {name: x.item() for name, x in worldmodel.load(other)["agent"].items() if name.endswith("stats.count")}
+    assert counts["vision.obs_stats.count"] == counts["return_stats.count"] == 64  # nothing of the other environment's
     small_run(worldmodel, tmp_path / "wider", init_from=first, memory_width=32, total_timesteps=32)
     assert "not taken from the checkpoint: memory.latent.weight" in capfd.readouterr().err
 
@@ -228,6 +254,9 @@ WRONG = [
     (["--env-id", "test_worldmodel_runs:ToyImage-v0", "--env-kwargs", '{"width": 33}'], "multiples of 16: (16, 33, 1)"),
     (["--stage", "memory"], "--stage memory needs --init-from"),
     (["--dream", "a.gif"], "--dream needs --evaluate"),
+    (["--dream", "a.mp4", "--evaluate", "nowhere.pt"], "nowhere.pt"),
+    (["--num-steps", "1"], "--num-steps must be above 1"),
+    (["--planning-samples", "1"], "--planning-samples must be above 1"),
     (["--resume", "nowhere"], "nowhere/checkpoint.pt"),
     (["--evaluate", "nowhere.pt"], "nowhere.pt"),
     (["--init-from", "nowhere.pt"], "nowhere.pt"),
