@@ -9,9 +9,9 @@
     python benchmark/learning.py leduc           # 15 minutes
     python benchmark/learning.py leduc_ablation  # 8 minutes
     python benchmark/learning.py phantom_go      # 8 minutes
-    python benchmark/learning.py worldmodel      # 20 minutes
-    python benchmark/learning.py quantizers      # 10 minutes
-    python benchmark/learning.py carracing       # half an hour
+    python benchmark/learning.py worldmodel           # 15 minutes
+    python benchmark/learning.py worldmodel_variants  # 15 minutes
+    python benchmark/learning.py carracing            # 35 minutes
 
 Results: {task}_curves.csv, {task}_final.csv and {task}.png in benchmark/results/. `--plot-only` draws them again.
 """
@@ -48,6 +48,7 @@ GO += " --gae-lambda 0.95 --elo-games 0"
 WORLDMODEL = "worldmodel_a2c.py --eval-episodes 100 --checkpoint-every 0"
 RACING = "worldmodel_a2c.py --env-id environments.car_racing:CarRacing64-v0 --num-envs 8 --num-steps 64 --context 16"
 RACING += " --planning-horizon 3 --planning-samples 16 --learning-rate 5e-4 --ent-coef 0.003 --total-timesteps 75000"
+RACING += " --checkpoint-every 0"
 RETURN = "charts/episodic_return"
 EXPLOITABILITY, AVERAGE = "selfplay/exploitability", "selfplay/exploitability_average"
 TASKS = {  # task: (seeds, title, {label: command}), and what is plotted if not the return of training episodes
@@ -110,13 +111,13 @@ TASKS = {  # task: (seeds, title, {label: command}), and what is plotted if not 
         {
             "product EMA, planning": WORLDMODEL,
             "planning off": f"{WORLDMODEL} --planning off",
-            "planning off, linear controller": f"{WORLDMODEL} --planning off --controller linear",
         },
     ),
-    "quantizers": (
+    "worldmodel_variants": (
         range(1, 4),
-        "CartPole-v1 with a world model: quantisers",
+        "CartPole-v1 with other world models",
         {
+            "planning off, linear controller": f"{WORLDMODEL} --planning off --controller linear",
             "FSQ, planning": f"{WORLDMODEL} --quantizer fsq",
             "not quantised, planning": f"{WORLDMODEL} --quantizer none",
         },
@@ -137,11 +138,11 @@ def finish(call: list[str], folder: str) -> tuple[str, dict[str, float]]:
         return out.read(), {"seconds": time.perf_counter() - started, "peak_mb": usage.ru_maxrss / 1024}
 
 
-def run(label: str, command: str, seed: int, tags: list[str]) -> tuple[list[dict], dict]:
+def run(label: str, command: str, seed: int, tags: list[str], keep: str | None) -> tuple[list[dict], dict]:
     """The learning curve and the closing summary of one run."""
     python = sb3_python() if "sb3" in command else sys.executable
     with tempfile.TemporaryDirectory() as runs_dir:
-        extra = [] if "sb3" in command else ["--runs-dir", runs_dir]
+        extra = [] if "sb3" in command else ["--runs-dir", keep or runs_dir]
         output, cost = finish([python, *command.split(), "--seed", str(seed), *extra], runs_dir)
         final = json.loads(output.splitlines()[-1])
         curves = {RETURN: final.pop("curve", [])}
@@ -211,6 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--runs-dir", help="where to keep the runs and their checkpoints")
     parser.add_argument("--plot-only", action="store_true")
     args = parser.parse_args()
     seeds, title, commands, *tags = TASKS[args.task]
@@ -218,7 +220,9 @@ def main() -> None:
     if not args.plot_only:
         with ThreadPoolExecutor(args.jobs) as pool:
             jobs = [
-                pool.submit(run, label, command, seed, tags) for label, command in commands.items() for seed in seeds
+                pool.submit(run, label, command, seed, tags, args.runs_dir)
+                for label, command in commands.items()
+                for seed in seeds
             ]
             curves, finals = zip(*(job.result() for job in jobs), strict=True)
         write(HERE / "results" / f"{args.task}_curves.csv", [row for curve in curves for row in curve])

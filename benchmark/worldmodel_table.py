@@ -1,4 +1,4 @@
-"""Tables of what `python benchmark/learning.py worldmodel` and `quantizers` measured, with intervals.
+"""Tables of what `python benchmark/learning.py worldmodel` and `worldmodel_variants` measured.
 
     python benchmark/worldmodel_table.py    # results/worldmodel_table.md
 
@@ -27,7 +27,7 @@ def interval(values: list[float], digits: int, sign: str = "") -> str:
 
 def main() -> None:
     finals, curves = defaultdict(dict), defaultdict(lambda: defaultdict(list))
-    for task in ("worldmodel", "quantizers"):
+    for task in ("worldmodel", "worldmodel_variants"):
         with open(RESULTS / f"{task}_final.csv") as file:
             for row in csv.DictReader(file):
                 finals[row["label"]][int(row["seed"])] = row
