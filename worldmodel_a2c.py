@@ -1403,13 +1403,14 @@ def train(args: Args) -> dict:
     device, rank, world = setup(args)
     envs = make_envs(args, args.num_envs)
     space, names = envs.single_action_space, entry_names(envs.single_observation_space)
-    torch.manual_seed(args.seed)  # initial weights; whatever is random later draws from one of two generators
+    torch.manual_seed(args.seed)  # initial weights; whatever is random later draws from a generator
     agent = Agent(obs_shape(envs.single_observation_space), space, args).to(device)
     learning = {"vision": ["vision"], "memory": ["memory"], "all": ["vision", "memory", "controller"]}[args.stage]
     groups = {name: weights for name, weights in agent.parts().items() if name in learning}
     weights = [weight for group in groups.values() for weight in group]
-    for weight in agent.requires_grad_(False).parameters():
-        weight.requires_grad_(any(weight is other for other in weights))
+    agent.requires_grad_(False)
+    for weight in weights:
+        weight.requires_grad_(True)
     optimizer = torch.optim.Adam(weights, args.learning_rate, eps=1e-5, fused=True)
     rng = torch.Generator(device).manual_seed(args.seed + rank)
     parts, progress = {"agent": agent, "optimizer": optimizer, "rng": rng}, Progress()
@@ -1446,10 +1447,8 @@ def train(args: Args) -> dict:
             beta = progress.beta(args)
             rollout = Rollout(args, agent, space, carry.action_mask is not None, device, rollout)
             episodes = collect(envs, agent, rollout, carry, beta, args, rng)
-            ends = rollout.terminated, rollout.truncated
-            advantages, returns = gae(
-                rollout.reward, rollout.value, rollout.next_value, *ends, args.gamma, args.gae_lambda
-            )
+            values, ends = (rollout.value, rollout.next_value), (rollout.terminated, rollout.truncated)
+            advantages, returns = gae(rollout.reward, *values, *ends, args.gamma, args.gae_lambda)
             if args.norm_adv:
                 mean = all_sum(advantages.mean()) / world
                 std = (all_sum((advantages - mean).square().mean()) / world).sqrt()
@@ -1461,9 +1460,8 @@ def train(args: Args) -> dict:
             batch_size = steps_per_update / args.num_minibatches
             log = []  # metrics of each minibatch
             for _ in range(args.update_epochs if agent.return_stats.count else 0):
-                for chosen in torch.randperm(args.num_envs, generator=rng, device=device).tensor_split(
-                    args.num_minibatches
-                ):
+                order = torch.randperm(args.num_envs, generator=rng, device=device)
+                for chosen in order.tensor_split(args.num_minibatches):
                     loss, metrics = a2c_loss(agent, rollout, chosen, space, beta, args, batch_size)
                     optimizer.zero_grad()
                     loss.backward()
