@@ -10,7 +10,7 @@
     python benchmark/learning.py leduc_ablation  # 8 minutes
     python benchmark/learning.py phantom_go      # 8 minutes
     python benchmark/learning.py worldmodel           # 15 minutes
-    python benchmark/learning.py worldmodel_variants  # 15 minutes
+    python benchmark/learning.py worldmodel_variants  # 10 minutes
     python benchmark/learning.py carracing            # 35 minutes
 
 Results: {task}_curves.csv, {task}_final.csv and {task}.png in benchmark/results/. `--plot-only` draws them again.
@@ -114,7 +114,7 @@ TASKS = {  # task: (seeds, title, {label: command}), and what is plotted if not 
         },
     ),
     "worldmodel_variants": (
-        range(1, 4),
+        range(1, 3),
         "CartPole-v1 with other world models",
         {
             "planning off, linear controller": f"{WORLDMODEL} --planning off --controller linear",

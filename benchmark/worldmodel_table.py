@@ -27,7 +27,7 @@ def interval(values: list[float], digits: int, sign: str = "") -> str:
 
 def main() -> None:
     finals, curves = defaultdict(dict), defaultdict(lambda: defaultdict(list))
-    for task in ("worldmodel", "worldmodel_variants"):
+    for task in [task for task in ("worldmodel", "worldmodel_variants") if (RESULTS / f"{task}_final.csv").exists()]:
         with open(RESULTS / f"{task}_final.csv") as file:
             for row in csv.DictReader(file):
                 finals[row["label"]][int(row["seed"])] = row
