@@ -11,7 +11,7 @@
     python benchmark/learning.py phantom_go      # 8 minutes
     python benchmark/learning.py worldmodel           # 15 minutes
     python benchmark/learning.py worldmodel_variants  # 10 minutes
-    python benchmark/learning.py carracing            # 35 minutes
+    python benchmark/learning.py carracing            # an hour
 
 Results: {task}_curves.csv, {task}_final.csv and {task}.png in benchmark/results/. `--plot-only` draws them again.
 """
