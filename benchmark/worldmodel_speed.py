@@ -1,7 +1,7 @@
 """What a step of worldmodel_a2c.py costs on CartPole with 16 environments: the environments alone, rollouts without and
 with planning, whole training, and the KV cache against recomputing the window of every step.
 
-    python benchmark/worldmodel_speed.py    # 3 minutes; results/worldmodel_speed.csv
+    python benchmark/worldmodel_speed.py    # 2 minutes; results/worldmodel_speed.csv
 
 Figures are steps per second of one thread, interleaved in one run; their ratios are what matters.
 """
@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import worldmodel_a2c as wm  # noqa: E402
 
-ROUNDS = 5
+ROUNDS = 3
 
 
 def setting(**changes) -> tuple:
@@ -64,7 +64,7 @@ def memory_steps(cached: bool, steps: int = 200) -> int:
 
 
 def training(planning: str) -> int:
-    steps = 16 * 128 * 12
+    steps = 16 * 128 * 6
     with tempfile.TemporaryDirectory() as folder:
         real = wm.forecast_skill
         wm.forecast_skill = lambda *args: torch.full_like(real(*args), 0.9)  # so that it plans from the start
