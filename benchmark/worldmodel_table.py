@@ -2,7 +2,7 @@
 
     python benchmark/worldmodel_table.py    # results/worldmodel_table.md
 
-Intervals are 95%, Student's t over seeds; differences are paired by seed.
+Intervals are 95%, Student's t over seeds; differences are paired by seed. Of two seeds, both values are given.
 """
 
 import csv
@@ -17,11 +17,13 @@ BASE = "product EMA, planning"
 
 
 def interval(values: list[float], digits: int, sign: str = "") -> str:
-    """Mean and interval; only the mean if the seeds agree."""
+    """Mean and interval, or both values of two; only the mean if the seeds agree."""
     mean, count = np.mean(values), len(values)
     half = t.ppf(0.975, count - 1) * np.std(values, ddof=1) / count**0.5 if count > 1 else 0.0
     if half < 0.5 * 10**-digits:
         return f"{mean:{sign}.{digits}f}"
+    if count == 2:
+        return f"{mean:{sign}.{digits}f} ({values[0]:{sign}.{digits}f}, {values[1]:{sign}.{digits}f})"
     return f"{mean:{sign}.{digits}f} ({mean - half:{sign}.{digits}f} to {mean + half:{sign}.{digits}f})"
 
 
