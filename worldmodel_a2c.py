@@ -163,9 +163,9 @@ def check(args: Args) -> None:
         if not ok:
             raise InputError(message)
 
-    above_zero = ["total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs", "learning_rate"]
-    above_zero += ["max_grad_norm", "torch_threads", "eval_episodes", "memory_width", "memory_heads", "memory_layers"]
-    above_zero += ["context", "planning_horizon", "planning_samples", "importance_cap"]
+    above_zero = ["total_timesteps", "num_envs", "num_minibatches", "update_epochs", "learning_rate", "max_grad_norm"]
+    above_zero += ["torch_threads", "eval_episodes", "memory_width", "memory_heads", "memory_layers", "context"]
+    above_zero += ["planning_horizon", "importance_cap"]
     above_zero += ["target_kl"] * (args.target_kl is not None)
     not_negative = ["seed", "checkpoint_every", "ent_coef", "vf_coef", "clip_coef", "vision_coef", "memory_coef"]
     not_negative += ["planning_beta", "distill_coef"]
@@ -189,8 +189,7 @@ def check(args: Args) -> None:
     need(moviepy, "--capture-video needs moviepy: pip install -r requirements-envs.txt")
     try:
         env = make_env(args)
-        obs_space, space = env.observation_space, env.action_space
-        shape = obs_shape(obs_space)
+        shape, space = obs_shape(env.observation_space), env.action_space
         env.close()
     except Exception as error:
         raise InputError(f"{args.env_id}: {type(error).__name__}: {' '.join(str(error).split())}") from error
@@ -386,9 +385,7 @@ class Vision(nn.Module):
         self.shape, self.image = shape, len(shape) == 3
         rows, columns = (shape[0] // 16, shape[1] // 16) if self.image else (4, 1)
         sites, codes = rows * columns, 512 if self.image else 32
-        size = {"ema": 16 if self.image else 8, "fsq": 3 if self.image else 1, "none": 16 if self.image else 8}[
-            quantizer
-        ]
+        size = {"ema": (8, 16), "fsq": (1, 3), "none": (8, 16)}[quantizer][self.image]  # numbers a site
         self.size = sites * size
         if quantizer == "ema":
             self.quantizer = ProductEMA(sites, size, codes, shared=self.image)
@@ -407,7 +404,6 @@ class Vision(nn.Module):
             self.obs_stats = RunningMeanStd(shape)
             self.encoder = nn.Sequential(nn.Linear(shape[0], 64), nn.ReLU(), nn.Linear(64, self.size))
             self.decoder = nn.Sequential(nn.Linear(self.size, 64), nn.ReLU(), nn.Linear(64, shape[0]))
-
         if quantizer == "fsq":
             self.encoder.append(nn.Tanh())
 
@@ -1049,7 +1045,7 @@ def forecast_skill(agent: Agent, rollout: Rollout, steps: int = 20) -> Tensor:
 
 
 class Episode(NamedTuple):
-    """Of an evaluation: `columns` as Agent.unroll takes them."""
+    """Of an evaluation, as Agent.unroll takes it."""
 
     obs: Tensor  # [1, L, *shape]
     previous: Tensor  # [1, L, E]
@@ -1259,10 +1255,10 @@ def transfer(agent: Agent, state: dict, args: Args) -> None:
     must fit, and so must vision if memory is to learn from it."""
     own, saved = agent.state_dict(), state["args"]
     fitting = {name: x for name, x in state["agent"].items() if name in own and own[name].shape == x.shape}
-    other = {name.rpartition(".")[0] for name in own.keys() - fitting.keys()}  # whose statistics would be half theirs
+    torn = {name.rpartition(".")[0] for name in own.keys() - fitting.keys()}  # whose statistics would be half theirs
     if saved["env_id"] != args.env_id:
-        other.add("return_stats")
-    fitting = {name: x for name, x in fitting.items() if "stats" not in name or name.rpartition(".")[0] not in other}
+        torn.add("return_stats")
+    fitting = {name: x for name, x in fitting.items() if "stats" not in name or name.rpartition(".")[0] not in torn}
     needed = {"vision": ("vision",), "memory": ("vision", "memory", "model"), "all": ()}[saved["stage"]]
     if args.stage == "memory":
         needed = {"vision", *needed}

@@ -58,6 +58,21 @@ def wait_for_checkpoint(process: subprocess.Popen, runs_dir: Path) -> Path:
     return found[0]
 
 
+def assert_a_signal_saves(script, script_path, flags: dict, tmp_path, number: int, code: int) -> None:
+    """The update is finished and saved, the command to go on is printed, and it goes on from there."""
+    parts = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", value)]
+    process = start(script_path, *parts, "--runs-dir", tmp_path, "--total-timesteps", "10000000")
+    checkpoint = wait_for_checkpoint(process, tmp_path)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert f"--resume {checkpoint.parent}" in err and "Traceback" not in err and not out
+    saved = script.load(checkpoint)["progress"]["global_step"]
+    more = run(script_path, "--resume", checkpoint.parent, "--total-timesteps", saved + 64)
+    assert more.returncode == 0, more.stderr
+    assert json.loads(more.stdout.splitlines()[-1])["global_step"] == saved + 64
+
+
 # --- wrong input: one line, exit code 2, nothing done
 
 WRONG = [

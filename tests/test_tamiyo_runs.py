@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from test_faults import assert_refused, assert_two_processes_match_one, run, start, wait_for_checkpoint
+from test_faults import assert_a_signal_saves, assert_refused, assert_two_processes_match_one, run
 from toys import same_but_for_time, scalars, tiny_hosts
 
 from environments import hosts
@@ -135,17 +135,7 @@ def test_other_checkpoints_are_refused_by_name(tamiyo, tmp_path):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_says_how_to_go_on_and_exits(tamiyo, tamiyo_path, tmp_path, number, code):
-    flags = [part for name, value in (SMALL | TOY).items() for part in (f"--{name.replace('_', '-')}", value)]
-    process = start(tamiyo_path, *flags, "--runs-dir", tmp_path, "--total-timesteps", "10000000")
-    checkpoint = wait_for_checkpoint(process, tmp_path)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
-    assert f"--resume {checkpoint.parent}" in err and "Traceback" not in err and not out
-    saved = tamiyo.load(checkpoint)["progress"]["global_step"]
-    more = run(tamiyo_path, "--resume", checkpoint.parent, "--total-timesteps", saved + 64)
-    assert more.returncode == 0, more.stderr
-    assert json.loads(more.stdout.splitlines()[-1])["global_step"] == saved + 64
+    assert_a_signal_saves(tamiyo, tamiyo_path, SMALL | TOY, tmp_path, number, code)
 
 
 WRONG = [

@@ -11,8 +11,7 @@ import pytest
 import torch
 from gymnasium.spaces import Box
 from PIL import Image
-from test_faults import assert_refused, assert_two_processes_match_one, checkpoints_equal, run, start
-from test_faults import wait_for_checkpoint as wait_for
+from test_faults import assert_a_signal_saves, assert_refused, assert_two_processes_match_one, checkpoints_equal, run
 from toys import ACTION_SPACES, same_but_for_time, scalars
 
 SMALL = {"env_id": "toys:Toy-v0", "num_envs": 2, "num_steps": 16, "num_minibatches": 2, "total_timesteps": 32 * 8}
@@ -226,17 +225,7 @@ def test_other_checkpoints_are_refused_by_name(worldmodel, tmp_path):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_says_how_to_go_on_and_exits(worldmodel, worldmodel_path, tmp_path, number, code):
-    flags = [part for name, value in SMALL.items() for part in (f"--{name.replace('_', '-')}", value)]
-    process = start(worldmodel_path, *flags, "--runs-dir", tmp_path, "--total-timesteps", "10000000")
-    checkpoint = wait_for(process, tmp_path)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
-    assert f"--resume {checkpoint.parent}" in err and "Traceback" not in err and not out
-    saved = worldmodel.load(checkpoint)["progress"]["global_step"]
-    more = run(worldmodel_path, "--resume", checkpoint.parent, "--total-timesteps", saved + 64)
-    assert more.returncode == 0, more.stderr
-    assert json.loads(more.stdout.splitlines()[-1])["global_step"] == saved + 64
+    assert_a_signal_saves(worldmodel, worldmodel_path, SMALL, tmp_path, number, code)
 
 
 WRONG = [
