@@ -4,10 +4,11 @@
     python benchmark/tamiyo.py evaluate     # everything that is trained, on the same held-out hosts
     python benchmark/tamiyo.py table        # results/tamiyo_*: table.md, hosts.csv, culls.csv, curves.csv, curves.png
 
-Trainings are independent processes of one thread, `--jobs` of them at a time, in benchmark/runs/. CIFAR-10
-instead of digits, and only the first two controllers:
+Trainings are independent processes of one thread, `--jobs` of them at a time, in benchmark/runs/. The first two
+controllers with twice the training, or on CIFAR-10 instead of digits:
 
-    python benchmark/tamiyo.py train --dataset cifar10 --controllers LSTM MLP      # then evaluate, table
+    python benchmark/tamiyo.py train --total-timesteps 128000 --controllers LSTM MLP    # then evaluate, table …
+    python benchmark/tamiyo.py train --dataset cifar10 --controllers LSTM MLP           # … with the same flags
 """
 
 import argparse
@@ -27,6 +28,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
+from tamiyo_schedule import look, told  # noqa: E402
+
 import ppo_lstm_tamiyo as tamiyo  # noqa: E402
 
 SEEDS, HOSTS, STEPS = range(1, 6), 200, 64_000
@@ -38,13 +41,16 @@ CONTROLLERS = {  # label: flags
     "LSTM, reset every 8": ["--reset-every", "8"],
 }
 STATIC = "static, the modules of LSTM"  # its return is not comparable: it is never paid for growing
-LSTM_ROWS = ("LSTM", STATIC, *(f"LSTM, its state reset every {k}" for k in (1, 4, 8)))
+SAMPLED = "{}, sampled actions"
+LSTM_ROWS = ("LSTM", STATIC, SAMPLED.format("LSTM"), *(f"LSTM, its state reset every {k}" for k in (1, 4, 8)))
 POLICIES = {  # label: `--policy`
     "never grow": "never",
     "random": "random",
     "always at once": "always",
     "best schedule": "schedule",
     "plateau heuristic": "heuristic",
+    "best rule that looks once": "look",
+    "told which blueprints are unsound": "told",
 }
 FIGURES = (
     "test_accuracy",
@@ -55,12 +61,12 @@ FIGURES = (
     "culled",
 )  # of a host
 RUNS, RESULTS = HERE / "runs", HERE / "results"
-dataset = "digits"
+dataset, steps = "digits", STEPS
 
 
 def place(label: str, seed: int) -> Path:
     """Where a row of the table keeps its files; other settings, other files."""
-    return RUNS / f"tamiyo_{dataset}_{STEPS}_{HOSTS}" / f"{label.replace(' ', '_').replace(',', '')}__{seed}"
+    return RUNS / f"tamiyo_{dataset}_{steps}_{HOSTS}" / f"{label.replace(' ', '_').replace(',', '')}__{seed}"
 
 
 def run_of(label: str, seed: int) -> Path | None:
@@ -75,13 +81,13 @@ def steps_of(label: str, seed: int) -> int:
 
 
 def train_one(label: str, seed: int) -> None:
-    if steps_of(label, seed) >= STEPS:
+    if steps_of(label, seed) >= steps:
         return
     flags = ["--seed", str(seed), "--runs-dir", str(place(label, seed)), "--eval-episodes", "16"]
     flags += ["--dataset", dataset, *CONTROLLERS[label]]
     if run := run_of(label, seed):
         flags = ["--resume", str(run)]
-    command = [sys.executable, "ppo_lstm_tamiyo.py", "--total-timesteps", str(STEPS), *flags]
+    command = [sys.executable, "ppo_lstm_tamiyo.py", "--total-timesteps", str(steps), *flags]
     result = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"{label}, seed {seed}: {result.stderr[-2000:]}")
@@ -99,9 +105,10 @@ def agent_of(label: str, seed: int) -> tuple[tamiyo.Agent, tamiyo.Args]:
 
 def evaluations() -> list[tuple]:
     """(row of the table, seed, controller, policy, reset_every, examine its culls?)"""
-    todo = [(label, 0, None, policy, None, policy == "random") for label, policy in POLICIES.items()]
-    for label, seed in [(label, seed) for label in CONTROLLERS for seed in SEEDS if steps_of(label, seed) >= STEPS]:
+    todo = [(label, 0, None, policy, None, policy in ("random", "look")) for label, policy in POLICIES.items()]
+    for label, seed in [(label, seed) for label in CONTROLLERS for seed in SEEDS if steps_of(label, seed) >= steps]:
         todo.append((label, seed, label, "learned", None, True))
+        todo.append((SAMPLED.format(label), seed, label, "sampled", None, False))
         if label == "LSTM":
             todo.append((STATIC, seed, label, "static", None, False))
             todo += [(f"LSTM, its state reset every {k}", seed, label, "learned", k, False) for k in (1, 4, 8)]
@@ -114,7 +121,13 @@ def evaluate_one(job: tuple) -> None:
     torch.set_num_threads(1)
     plain = tamiyo.Args(eval_episodes=HOSTS, cuda=False, dataset=dataset)
     agent, args = agent_of(controller, seed) if controller else (None, plain)
-    played = tamiyo.evaluate(agent, args, policy, reset_every)
+    if policy in ("look", "told"):
+        seeds = [tamiyo.HELD_OUT + i for i in range(HOSTS)]
+        played = tamiyo.play(args, seeds, {"look": look, "told": told}[policy](seeds))
+    elif policy == "sampled":
+        played = tamiyo.evaluate(agent, dataclasses.replace(args, eval_deterministic=False))
+    else:
+        played = tamiyo.evaluate(agent, args, policy, reset_every)
     better = tamiyo.cull_outcomes(args, played) if culls else np.zeros(0, bool)
     figures = {name: played.info[name] for name in FIGURES} | {"returns": played.returns, "better": better}
     figures["correct"] = played.info["test_correct"].astype(np.float32)
@@ -127,7 +140,9 @@ def evaluate_one(job: tuple) -> None:
 
 
 def result(name: str) -> Path:
-    return RESULTS / (f"tamiyo_{name}" if dataset == "digits" else f"tamiyo_{dataset}_{name}")
+    """Path of a result; other settings than the table's are part of its name."""
+    setting = ([] if dataset == "digits" else [dataset]) + ([] if steps == STEPS else [str(steps)])
+    return RESULTS / "_".join(["tamiyo", *setting, name])
 
 
 def load_evaluations() -> dict[str, dict[int, dict]]:
@@ -223,7 +238,7 @@ def curves(heuristic: float) -> list[str]:
     for i, label in enumerate(CONTROLLERS):
         values = []  # [seeds, updates]
         for seed in SEEDS:
-            if steps_of(label, seed) >= STEPS:
+            if steps_of(label, seed) >= steps:
                 events = EventAccumulator(str(run_of(label, seed)), size_guidance={"scalars": 0}).Reload()
                 curve = events.Scalars("charts/episodic_return")
                 values.append([event.value for event in curve])
@@ -250,10 +265,11 @@ def main() -> None:
     parser.add_argument("step", choices=["train", "evaluate", "table"])
     parser.add_argument("--jobs", type=int, default=2, help="trainings or evaluations at a time")
     parser.add_argument("--dataset", default="digits", choices=["digits", "cifar10"])
+    parser.add_argument("--total-timesteps", type=int, default=STEPS)
     parser.add_argument("--controllers", nargs="*", default=list(CONTROLLERS), choices=list(CONTROLLERS))
     args = parser.parse_args()
-    global dataset
-    dataset = args.dataset
+    global dataset, steps
+    dataset, steps = args.dataset, args.total_timesteps
     if args.step == "train":
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda job: train_one(*job), [(label, seed) for seed in SEEDS for label in args.controllers]))
