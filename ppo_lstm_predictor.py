@@ -157,6 +157,7 @@ def check(args: Args) -> None:
     above_zero = ["total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs", "learning_rate"]
     above_zero += ["max_grad_norm", "torch_threads", "lstm_hidden", "lstm_layers", "eval_episodes", "horizon"]
     above_zero += ["predictor_learning_rate"] + ["predictor_samples"] * (args.predictor_samples is not None)
+    above_zero += ["target_kl"] * (args.target_kl is not None)
     not_negative = [
         "seed",
         "bptt_length",
@@ -890,17 +891,25 @@ def load(path: str | Path, args: Args | None = None) -> dict:
 def restore(parts: dict, state: dict) -> Progress:
     try:
         for name, part in parts.items():
-            part.set_state(state[name]) if name.startswith("rng") else part.load_state_dict(state[name])
+            if not name.startswith("rng"):
+                part.load_state_dict(state[name])
+            elif len(state[name]) == len(part.get_state()):
+                part.set_state(state[name])
+            else:  # of a GPU's generator, and this is none, or the other way round
+                part.manual_seed(state["progress"]["global_step"])
     except RuntimeError as error:
         raise InputError(f"the checkpoint does not fit: {' '.join(str(error).split())}") from error
     return Progress(**state["progress"])
 
 
 def transfer(parts: dict, state: dict) -> None:
-    """Takes those weights of a checkpoint whose names and shapes fit, and names the others."""
+    """Takes those weights of a checkpoint whose names and shapes fit, and names the others; running statistics are
+    taken as a whole or not at all."""
     for part in ("agent", "predictor"):
         own = parts[part].state_dict()
         fitting = {name: x for name, x in state[part].items() if name in own and own[name].shape == x.shape}
+        torn = {name.rpartition(".")[0] for name in own.keys() - fitting.keys()}
+        fitting = {name: x for name, x in fitting.items() if "stats" not in name or name.rpartition(".")[0] not in torn}
         parts[part].load_state_dict(own | fitting)
         for name in own.keys() - fitting.keys():
             print(f"not taken from the checkpoint: {part} {name}", file=sys.stderr)

@@ -159,6 +159,7 @@ def check(args: Args) -> None:
 
     above_zero = ["total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs", "learning_rate"]
     above_zero += ["max_grad_norm", "torch_threads", "lstm_hidden", "lstm_layers", "eval_episodes"]
+    above_zero += ["target_kl"] * (args.target_kl is not None)
     not_negative = ["seed", "bptt_length", "reset_every", "checkpoint_every", "ent_coef", "vf_coef", "clip_coef"]
     for name in above_zero + not_negative + ["gamma", "gae_lambda"]:
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
@@ -167,7 +168,6 @@ def check(args: Args) -> None:
         need(value <= 1 or name not in ("gamma", "gae_lambda"), f"{flag} must be at most 1, not {value}")
     need(args.num_minibatches <= args.num_envs, "--num-minibatches must not exceed --num-envs")
     need(args.seed < 2**32, f"--seed must be below 2**32, not {args.seed}")
-    need(args.target_kl is None or args.target_kl > 0, f"--target-kl must be above 0, not {args.target_kl}")
     exclusive = [args.resume, args.init_from, args.evaluate]
     need(sum(map(bool, exclusive)) <= 1, "--resume, --init-from and --evaluate exclude each other")
     fixed = args.policy != "learned"
@@ -732,16 +732,24 @@ def load(path: str | Path, args: Args | None = None) -> dict:
 def restore(parts: dict, state: dict) -> Progress:
     try:
         for name, part in parts.items():
-            part.set_state(state[name]) if name.startswith("rng") else part.load_state_dict(state[name])
+            if not name.startswith("rng"):
+                part.load_state_dict(state[name])
+            elif len(state[name]) == len(part.get_state()):
+                part.set_state(state[name])
+            else:  # of a GPU's generator, and this is none, or the other way round
+                part.manual_seed(state["progress"]["global_step"])
     except RuntimeError as error:
         raise InputError(f"the checkpoint does not fit: {' '.join(str(error).split())}") from error
     return Progress(**state["progress"])
 
 
 def transfer(agent: Agent, state: dict) -> None:
-    """Takes those weights of a checkpoint whose names and shapes fit, and names the others."""
+    """Takes those weights of a checkpoint whose names and shapes fit, and names the others; running statistics are
+    taken as a whole or not at all."""
     own = agent.state_dict()
     fitting = {name: x for name, x in state["agent"].items() if name in own and own[name].shape == x.shape}
+    torn = {name.rpartition(".")[0] for name in own.keys() - fitting.keys()}
+    fitting = {name: x for name, x in fitting.items() if "stats" not in name or name.rpartition(".")[0] not in torn}
     agent.load_state_dict(own | fitting)
     for name in own.keys() - fitting.keys():
         print(f"not taken from the checkpoint: agent {name}", file=sys.stderr)

@@ -197,6 +197,7 @@ def check(args: Args) -> None:
 
     above_zero = ["total_timesteps", "num_envs", "games_per_update", "num_minibatches", "update_epochs", "pool_size"]
     above_zero += ["learning_rate", "max_grad_norm", "torch_threads", "hidden_size", "eval_episodes", "snapshot_every"]
+    above_zero += ["target_kl"] * (args.target_kl is not None)
     at_most_one = ["gamma", "gae_lambda", "ref_rate", "snapshot_winrate"]
     not_negative = ["seed", "checkpoint_every", "vf_coef", "clip_coef", "ko_coef", "hp_coef", "elo_games", *at_most_one]
     for name in [*above_zero, *not_negative, "ent_coef", "ent_coef_final", "ref_kl_coef", "memory_budget_mb"]:
@@ -913,8 +914,10 @@ def load(path: str | Path, args: Args | None = None) -> dict:
 def restore(parts: dict, state: dict, args: Args) -> Progress:
     try:
         for name, part in parts.items():
-            if name == "rng":
+            if name == "rng" and len(state[name]) == len(part.get_state()):
                 part.set_state(state[name])
+            elif name == "rng":  # of a GPU's generator, and this is none, or the other way round
+                part.manual_seed(state["progress"]["global_step"])
             elif name == "pool":
                 part.load(state[name], parts["agent"].policy, args)
             else:

@@ -1244,7 +1244,12 @@ def load(path: str | Path, args: Args | None = None) -> dict:
 def restore(parts: dict, state: dict) -> Progress:
     try:
         for name, part in parts.items():
-            part.set_state(state[name]) if name.startswith("rng") else part.load_state_dict(state[name])
+            if not name.startswith("rng"):
+                part.load_state_dict(state[name])
+            elif len(state[name]) == len(part.get_state()):
+                part.set_state(state[name])
+            else:  # of a GPU's generator, and this is none, or the other way round
+                part.manual_seed(state["progress"]["global_step"])
     except RuntimeError as error:
         raise InputError(f"the checkpoint does not fit: {' '.join(str(error).split())}") from error
     return Progress(**state["progress"])

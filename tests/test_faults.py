@@ -81,6 +81,7 @@ WRONG = [
     (["--bptt-length", "-3"], "--bptt-length must not be negative"),
     (["--gamma", "1.5"], "--gamma must be at most 1"),
     (["--learning-rate", "nan"], "--learning-rate must be above 0"),
+    (["--target-kl", "-1"], "--target-kl must be above 0"),
     (["--num-minibatches", "32"], "--num-minibatches must not exceed --num-envs"),
     (["--predictor-samples", "0"], "--predictor-samples must be above 0"),
     (["--env-id", "CartPoll-v1"], "CartPole"),
@@ -213,6 +214,13 @@ def test_resumed_weights_are_the_saved_ones(script, tmp_path, monkeypatch):
     assert checkpoints_equal(restored, {"agent": saved["agent"], "optimizer": saved["optimizer"]})
 
 
+def test_a_checkpoint_of_a_gpu_resumes_on_a_cpu(script):
+    """A GPU's generator has a state of 16 bytes, which no other takes."""
+    generator = torch.Generator()
+    state = {"rng": torch.zeros(16, dtype=torch.uint8), "progress": {"global_step": 7}}
+    assert script.restore({"rng": generator}, state).global_step == generator.initial_seed() == 7
+
+
 def test_evaluate_and_transfer_a_checkpoint(script, script_path, tmp_path):
     first = small_run(script, tmp_path, "run")
     checkpoint = f"{first['run_dir']}/checkpoint.pt"
@@ -224,6 +232,9 @@ def test_evaluate_and_transfer_a_checkpoint(script, script_path, tmp_path):
     same = small_run(script, tmp_path, "same", init_from=checkpoint, total_timesteps=32, learning_rate=1e-9)
     old, new = (script.load(path)["agent"] for path in (checkpoint, f"{same['run_dir']}/checkpoint.pt"))
     torch.testing.assert_close(new["encoder.0.weight"], old["encoder.0.weight"], atol=1e-5, rtol=0)
+    other = small_run(script, tmp_path, "other", init_from=checkpoint, env_id="ToyPendulum-v0", env_kwargs="{}")
+    state = script.load(f"{other['run_dir']}/checkpoint.pt")["agent"]
+    assert state["obs_stats.count"] == 32 * 8  # nothing of statistics whose other half does not fit
 
 
 def test_other_checkpoints_are_refused_by_name(script, tmp_path):

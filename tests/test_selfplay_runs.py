@@ -156,6 +156,13 @@ def test_resume_keeps_pool_counters_and_curve(selfplay, tmp_path):
     assert selfplay.load(f"{first['run_dir']}/checkpoint.pt")["pool"]["made"][-1] > state["pool"]["made"][-1]
 
 
+def test_a_checkpoint_of_a_gpu_resumes_on_a_cpu(selfplay):
+    """A GPU's generator has a state of 16 bytes, which no other takes."""
+    generator = torch.Generator()
+    state = {"rng": torch.zeros(16, dtype=torch.uint8), "progress": {"global_step": 7}}
+    assert selfplay.restore({"rng": generator}, state, selfplay.Args()).global_step == generator.initial_seed() == 7
+
+
 def test_evaluate_transfer_and_head_to_head(selfplay, selfplay_path, tmp_path):
     first, second = (small_run(selfplay, tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 2)))
     checkpoint, other = (f"{result['run_dir']}/checkpoint.pt" for result in (first, second))
@@ -189,6 +196,7 @@ WRONG = [
     (["--env-id", "kuhn_poker", "--env-kwargs", '{"players": 3}'], "two-player"),
     (["--env-id", "kuhn_poker", "--env-kwargs", '{"nonsense": 3}'], "nonsense"),
     (["--num-envs", "0"], "--num-envs must be above 0"),
+    (["--target-kl", "0"], "--target-kl must be above 0"),
     (["--gamma", "1.5"], "--gamma must be at most 1"),
     (["--ref-kl-coef", "-1"], "--ref-kl-coef must not be negative"),
     (["--bptt-length", "-2"], "--bptt-length"),

@@ -107,6 +107,13 @@ def test_evaluate_a_checkpoint_and_reference_policies(tamiyo, tamiyo_path, tmp_p
     assert json.loads(random.stdout.splitlines()[-1])["germinations"] > 0
 
 
+def test_a_checkpoint_of_a_gpu_resumes_on_a_cpu(tamiyo):
+    """A GPU's generator has a state of 16 bytes, which no other takes."""
+    generator = torch.Generator()
+    state = {"rng": torch.zeros(16, dtype=torch.uint8), "progress": {"global_step": 7}}
+    assert tamiyo.restore({"rng": generator}, state).global_step == generator.initial_seed() == 7
+
+
 def test_transfer_takes_what_fits(tamiyo, tmp_path, capfd):
     checkpoint = f"{toy_run(tamiyo, tmp_path)['run_dir']}/checkpoint.pt"
     toy_run(tamiyo, tmp_path / "wider", init_from=checkpoint, lstm_hidden=9, total_timesteps=32)
@@ -114,6 +121,9 @@ def test_transfer_takes_what_fits(tamiyo, tmp_path, capfd):
     same = toy_run(tamiyo, tmp_path / "same", init_from=checkpoint, total_timesteps=32, learning_rate=1e-9)
     old, new = (tamiyo.load(path)["agent"] for path in (checkpoint, f"{same['run_dir']}/checkpoint.pt"))
     torch.testing.assert_close(new["encoder.0.weight"], old["encoder.0.weight"], atol=1e-5, rtol=0)
+    other = toy_run(tamiyo, tmp_path / "other", init_from=checkpoint, env_id="Acrobot-v1", env_kwargs="{}")
+    state = tamiyo.load(f"{other['run_dir']}/checkpoint.pt")["agent"]
+    assert state["obs_stats.count"] == 32 * 8  # nothing of statistics whose other half does not fit
 
 
 def test_other_checkpoints_are_refused_by_name(tamiyo, tmp_path):

@@ -196,6 +196,13 @@ def test_minibatches_are_as_many_as_asked_for(worldmodel, tmp_path):
     assert [x for _, x in scalars(result["run_dir"])["losses/importance"]] == pytest.approx([1.0] * 3)
 
 
+def test_a_checkpoint_of_a_gpu_resumes_on_a_cpu(worldmodel):
+    """A GPU's generator has a state of 16 bytes, which no other takes."""
+    generator = torch.Generator()
+    state = {"rng": torch.zeros(16, dtype=torch.uint8), "progress": {"global_step": 7}}
+    assert worldmodel.restore({"rng": generator}, state).global_step == generator.initial_seed() == 7
+
+
 def test_transfer_takes_what_fits(worldmodel, tmp_path, capfd):
     first = checkpoint_of(small_run(worldmodel, tmp_path))
     cartpole = {"env_id": "ToyPendulum-v0", "env_kwargs": "{}", "learning_rate": 1e-9}
