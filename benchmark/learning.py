@@ -6,11 +6,11 @@
     python benchmark/learning.py lander_hidden   # 10 minutes; installs sb3-contrib into benchmark/.venv-sb3 first
     python benchmark/learning.py flycraft        # 10 minutes; needs requirements-envs.txt
     python benchmark/learning.py kuhn            # 4 minutes
-    python benchmark/learning.py leduc           # 15 minutes
+    python benchmark/learning.py leduc           # 25 minutes
     python benchmark/learning.py leduc_ablation  # 8 minutes
     python benchmark/learning.py phantom_go      # 8 minutes
-    python benchmark/learning.py worldmodel           # 15 minutes
-    python benchmark/learning.py worldmodel_variants  # 10 minutes
+    python benchmark/learning.py worldmodel           # 30 minutes
+    python benchmark/learning.py worldmodel_variants  # 15 minutes
     python benchmark/learning.py carracing            # an hour
 
 Results: {task}_curves.csv, {task}_final.csv and {task}.png in benchmark/results/. `--plot-only` draws them again.

@@ -168,10 +168,10 @@ def resampled(stack: np.ndarray, draws: int, number: int) -> np.ndarray:
     return means
 
 
-def beyond(lstm: np.ndarray, other: np.ndarray, digits: int) -> str:
-    """Mean difference of two bootstraps and its 95% interval."""
-    low, high = np.percentile(lstm - other, [2.5, 97.5])
-    return f"{(lstm - other).mean():+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+def beyond(difference: float, drawn: np.ndarray, digits: int) -> str:
+    """A difference and its 95% interval, from its bootstrap."""
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return f"{difference:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 
 
 def wilson(p: float, n: int) -> str:
@@ -206,32 +206,38 @@ def table(draws: int = 2000) -> None:
     returns = {
         label: np.stack([entry["returns"][:, None] for entry in seeds.values()]) for label, seeds in rows.items()
     }
-    correct = {label: np.stack([entry["correct"] for entry in seeds.values()]) for label, seeds in rows.items()}
+    correct = {label: np.stack([100 * entry["correct"] for entry in seeds.values()]) for label, seeds in rows.items()}
+    observed = {label: (returns[label].mean(), correct[label].mean()) for label in rows}
     drawn = {}
     for number, label in enumerate(rows):
         number = 1000 if label in LSTM_ROWS else number  # the same controllers
-        drawn[label] = resampled(returns[label], draws, number), 100 * resampled(correct[label], draws, number)
+        drawn[label] = resampled(returns[label], draws, number), resampled(correct[label], draws, number)
+
+    def compared(one: str, other: str, i: int) -> str:
+        return beyond(observed[one][i] - observed[other][i], drawn[one][i] - drawn[other][i], digits=(2, 1)[i])
+
     lines = [
         "| policy | seeds | return | LSTM beyond it | sampled | test accuracy, % | LSTM beyond it | parameters added |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for label in sorted(rows.keys() - map(SAMPLED.format, CONTROLLERS), key=lambda label: -returns[label].mean()):
-        other = [beyond(drawn["LSTM"][i], drawn[label][i], digits) for i, digits in enumerate((2, 1))]
+    for label in sorted(rows.keys() - map(SAMPLED.format, CONTROLLERS), key=lambda label: -observed[label][0]):
+        other = [compared("LSTM", label, i) for i in range(2)]
         other = ["", ""] if label == "LSTM" else ["", other[1]] if label == STATIC else other
         added = np.mean([entry["parameter_ratio"] for entry in rows[label].values()])
-        cells = [label, str(len(rows[label])), f"{returns[label].mean():.2f}", other[0]]
-        cells += [f"{returns[SAMPLED.format(label)].mean():.2f}" if label in CONTROLLERS else ""]
-        cells += [f"{100 * correct[label].mean():.1f}", other[1], f"{added:.0%}"]
+        cells = [label, str(len(rows[label])), f"{observed[label][0]:.2f}", other[0]]
+        cells += [f"{observed[SAMPLED.format(label)][0]:.2f}" if label in CONTROLLERS else ""]
+        cells += [f"{observed[label][1]:.1f}", other[1], f"{added:.0%}"]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Culls after which the host ended better off than with the seed (95% interval, over culls):", ""]
     for label, seeds in rows.items():
         better = np.concatenate([entry["better"] for entry in seeds.values()])
         if len(better) >= 50:
             lines.append(f"- {label}: {wilson(better.mean(), len(better))}")
-    lines += ["", *curves(returns["plateau heuristic"].mean())]
+    lines += ["", *curves(observed["plateau heuristic"][0])]
     if TOLD in rows:
-        most = beyond(drawn[TOLD][0], drawn["best schedule"][0], 2)
+        most = compared(TOLD, "best schedule", 0)
         lines += ["", f"- What watching could gain at most: told which are unsound beyond the best schedule {most}"]
+        lines += [f"- LSTM beyond MLP, sampled actions: {compared(SAMPLED.format('LSTM'), SAMPLED.format('MLP'), 0)}"]
     result("table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

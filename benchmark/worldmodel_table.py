@@ -45,7 +45,7 @@ def main() -> None:
         return np.array([np.nanmean(points) for _, points in sorted(curves[label].items())])
 
     lines = [
-        "| | seeds | return | seeds at 500 | mean training return | beyond it, planning with EMA |",
+        "| | seeds | return | seeds at 500 | mean training return | product EMA, planning, is beyond it by |",
         "|---" * 6 + "|",
     ]
     for label in finals:
