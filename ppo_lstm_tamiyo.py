@@ -266,9 +266,8 @@ class Agent(nn.Module):
             self.mlp = nn.Sequential(init_linear(256, self.hidden_size, gain=math.sqrt(2)), nn.ReLU())
         self.norm = nn.LayerNorm(self.hidden_size) if args.lstm_layer_norm else nn.Identity()
         self.actor = self.head(int(action_space.n), gain=0.01)
-        nn.init.constant_(
-            self.actor[-1].bias[:1], 3.0
-        )  # WAIT: equal chances would cull nearly every seed before it grows
+        if args.env_id.endswith("Morphogenesis-v0"):  # equal chances would cull nearly every seed before it grows
+            nn.init.constant_(self.actor[-1].bias[WAIT : WAIT + 1], 3.0)
         self.critic = self.head(1, gain=1.0)
 
     def head(self, outputs: int, gain: float) -> nn.Sequential:
@@ -363,6 +362,7 @@ class Rollout:
         self.reward = empty()
         self.terminated = empty(dtype=torch.bool)
         self.truncated = empty(dtype=torch.bool)
+        self.wiped = empty(dtype=torch.bool)  # by `reset_every`, after the step
         self.next_obs = empty(obs_size)  # the true next observation, the last one of an episode included
         self.advantages, self.returns = empty(), empty()
 
@@ -429,13 +429,13 @@ def collect(
         rollout.terminated[t], rollout.truncated[t] = torch.from_numpy(terminated), torch.from_numpy(truncated)
         carry.returns += reward
         carry.lengths += 1
+        wiped = carry.lengths % reset_every == 0 if reset_every else np.zeros_like(terminated)
+        rollout.wiped[t] = torch.from_numpy(wiped)
         for n in np.flatnonzero(terminated | truncated):
             rollout.next_obs[t, n] = final_observation(envs, infos, n, device)
             episodes.append((float(carry.returns[n]), int(carry.lengths[n])))
             carry.returns[n], carry.lengths[n] = 0, 0
-        # detail 6: where an episode ends, and every so many steps if asked for
-        forget = terminated | truncated | (carry.lengths % reset_every == 0 if reset_every else False)
-        carry.start = torch.from_numpy(forget).to(device)
+        carry.start = torch.from_numpy(terminated | truncated | wiped).to(device)  # detail 6
         carry.state = state.masked_fill(carry.start[:, None, None, None], 0)
     rollout.value.copy_(agent.return_stats.denormalize(rollout.value))
     return episodes
@@ -450,6 +450,7 @@ def next_values(agent: Agent, rollout: Rollout, carry: Carry) -> Tensor:
     cut = rollout.truncated.nonzero(as_tuple=True)
     if len(cut[0]):
         *_, state = agent.step(rollout.obs[cut], rollout.state[cut])
+        state = state.masked_fill(rollout.wiped[cut][:, None, None, None], 0)
         _, final, _ = agent.step(rollout.next_obs[cut], state)
         values[cut] = agent.return_stats.denormalize(final)
     return values
@@ -643,8 +644,9 @@ def learned_policy(agent: Agent, args: Args, reset_every: int) -> Callable:
 def cull_outcomes(args: Args, episodes: Episodes, most: int = 100) -> np.ndarray:
     """For each cull of evaluated episodes (`most` of them at random): is the host better off for it [C] bool? The host
     is trained twice more up to the cull, with the same data in the same order. Then one loses the seed and the other
-    keeps it, permanently as soon as that is allowed, and nothing else is done; culls too late for that are left out.
-    Better is the higher accuracy on the test images, or the lower loss if that is the same (detail 12)."""
+    keeps it, permanently as soon as that is allowed, and nothing else is done; culls too late for that are left out,
+    unless the host that keeps it diverges. Better is the higher accuracy on the test images, or the lower loss if that
+    is the same (detail 12)."""
     culls = np.argwhere(episodes.actions == CULL)  # [C, 2] episode, step
     culls = np.random.default_rng(args.seed).permutation(culls)[:most]
     if not len(culls):
@@ -655,13 +657,14 @@ def cull_outcomes(args: Args, episodes: Episodes, most: int = 100) -> np.ndarray
     def choose(t: int, obs: Tensor, action_mask: Tensor) -> np.ndarray:
         planned = (t < when) | (t == when) & ~keeps
         fossilize = keeps & (t > when) & action_mask[:, FOSSILIZE].cpu().numpy()
-        return np.where(planned, episodes.actions[episode, t], np.where(fossilize, FOSSILIZE, WAIT))
+        action = np.where(planned, episodes.actions[episode, t], np.where(fossilize, FOSSILIZE, WAIT))
+        return np.where(action_mask.cpu().numpy()[np.arange(len(action)), action], action, WAIT)  # behind a divergence
 
     info = play(args, [HELD_OUT + int(e) for e in episode], choose).info
-    names = ("test_accuracy", "test_loss", "fossilized")
-    (culled, kept), (culled_loss, kept_loss), permanent = (info[name].reshape(-1, 2).T for name in names)
+    names = ("test_accuracy", "test_loss", "fossilized", "diverged")
+    (culled, kept), (culled_loss, kept_loss), permanent, diverged = (info[name].reshape(-1, 2).T for name in names)
     better = (culled > kept) | ((culled == kept) & (culled_loss < kept_loss))
-    return better[permanent[1] > permanent[0]]
+    return better[(permanent[1] > permanent[0]) | diverged[1]]
 
 
 def actions_figure(episodes: Episodes):
@@ -722,10 +725,13 @@ def load(path: str | Path, args: Args | None = None) -> dict:
     if unknown := set(saved) ^ {item.name for item in fields(Args)}:
         raise InputError(f"{path} is a checkpoint of another script, with or without {', '.join(sorted(unknown))}")
     same = ["env_id", "env_kwargs", "dataset", "recurrent", "lstm_hidden", "lstm_layers", "lstm_layer_norm"]
-    same += ["reset_every"]
+    if args and not args.evaluate:
+        same += ["reset_every"]
     for name in same if args else ():
         if saved[name] != getattr(args, name):
             raise InputError(f"{path} has {name} {saved[name]}, not {getattr(args, name)}")
+    if args and saved["eval_episodes"] != args.eval_episodes:
+        state["progress"]["reference"] = {}  # that was on other hosts
     return state
 
 
@@ -946,6 +952,7 @@ def train(args: Args) -> dict:
             progress.update, progress.global_step = progress.update + 1, progress.global_step + steps_per_update
             steps_done, seconds = steps_done + steps_per_update, seconds + time.perf_counter() - started
             stop = bool(all_sum(torch.tensor(float(len(signals)), device=device)))
+            stop = stop and progress.global_step < args.total_timesteps  # else only the last evaluation is left
             if rank > 0:
                 continue
 

@@ -1135,6 +1135,7 @@ def train(args: Args) -> dict:
             if beaten or progress.games - pool.made[-1] >= args.snapshot_every:
                 pool.add(agent.policy, progress.games, args)
             stop = bool(all_sum(torch.tensor(float(len(signals)), device=device)))
+            stop = stop and progress.global_step < args.total_timesteps  # else only the last evaluation is left
             steps_done, games_done = steps_done + int(num_steps), games_done + world * args.games_per_update
             seconds += time.perf_counter() - started
             if rank > 0:

@@ -1483,6 +1483,7 @@ def train(args: Args) -> dict:
             progress.update, progress.global_step = progress.update + 1, progress.global_step + steps_per_update
             steps_done, seconds = steps_done + steps_per_update, seconds + time.perf_counter() - started
             stop = bool(all_sum(torch.tensor(float(len(signals)), device=device)))
+            stop = stop and progress.global_step < args.total_timesteps  # else only the last evaluation is left
             if rank > 0:
                 continue
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from scipy.stats import t as student
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 HERE = Path(__file__).parent
@@ -44,7 +45,7 @@ STATIC = "static, the modules of LSTM"  # its return is not comparable: it is ne
 SAMPLED = "{}, sampled actions"
 TOLD = "told which blueprints are unsound"
 LSTM_ROWS = ("LSTM", STATIC, SAMPLED.format("LSTM"), *(f"LSTM, its state reset every {k}" for k in (1, 4, 8)))
-POLICIES = {  # label: `--policy`
+POLICIES = {  # label: `--policy`, or a rule of tamiyo_schedule.py
     "never grow": "never",
     "random": "random",
     "always at once": "always",
@@ -124,7 +125,7 @@ def evaluate_one(job: tuple) -> None:
     agent, args = agent_of(controller, seed) if controller else (None, plain)
     if policy in ("look", "told"):
         seeds = [tamiyo.HELD_OUT + i for i in range(HOSTS)]
-        played = tamiyo.play(args, seeds, {"look": look, "told": told}[policy](seeds))
+        played = tamiyo.play(args, seeds, look(seeds) if policy == "look" else told(args, seeds))
     elif policy == "sampled":
         played = tamiyo.evaluate(agent, dataclasses.replace(args, eval_deterministic=False))
     else:
@@ -158,27 +159,38 @@ def load_evaluations() -> dict[str, dict[int, dict]]:
 
 def resampled(stack: np.ndarray, draws: int, number: int) -> np.ndarray:
     """Bootstrap means [draws] of [controllers, hosts, images]. Hosts and images are resampled the same way in every row
-    of the table, which pairs them; controllers in the same way if `number` is the same."""
+    of the table, which pairs them; controllers in the same way if `number` is the same. One controller fewer is drawn
+    than there are: their mean then varies as it should (Rao and Wu 1988)."""
     shared, own, means = np.random.default_rng(0), np.random.default_rng([1, number]), np.empty(draws)
     controllers, hosts, images = stack.shape
     for i in range(draws):
         host_weights = np.bincount(shared.integers(hosts, size=hosts), minlength=hosts) / hosts
         image_weights = np.bincount(shared.integers(images, size=images), minlength=images) / images
-        means[i] = host_weights @ stack[own.integers(controllers, size=controllers)].mean(0) @ image_weights
+        chosen = own.integers(controllers, size=max(1, controllers - 1))
+        means[i] = host_weights @ stack[chosen].mean(0) @ image_weights
     return means
 
 
-def beyond(difference: float, drawn: np.ndarray, digits: int) -> str:
-    """A difference and its 95% interval, from its bootstrap."""
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return f"{difference:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+def beyond(difference: float, drawn: np.ndarray, by_seed: list[np.ndarray], digits: int) -> str:
+    """A difference and its 95% interval: the standard deviation of its bootstrap times Student's t. Satterthwaite's
+    degrees of freedom: a part of the variance is that of few seeds. `by_seed`: the means of each row's seeds."""
+    several = [means for means in by_seed if len(means) > 1]
+    own = sum((means.var(ddof=1) / len(means)) ** 2 / (len(means) - 1) for means in several)
+    freedom = max(drawn.var() ** 2 / own, min(map(len, several)) - 1) if own else np.inf
+    half = drawn.std() * student.ppf(0.975, freedom)
+    return f"{difference:+.{digits}f} ({difference - half:+.{digits}f} to {difference + half:+.{digits}f})"
 
 
-def wilson(p: float, n: int) -> str:
-    """A share and Wilson's 95% interval."""
-    half = 1.96 * np.sqrt(p * (1 - p) / n + 0.96 / n**2) / (1 + 3.84 / n)
-    center = (p + 1.92 / n) / (1 + 3.84 / n)
-    return f"{p:.2f} ({center - half:.2f} to {center + half:.2f}) of {n}"
+def precision(better: list[np.ndarray]) -> str:
+    """Share of culls after which the host was better off: the controllers' mean, its 95% interval (Student's t) and all
+    of them; for one controller, Wilson's interval over culls."""
+    shares, n = np.array([x.mean() for x in better]), sum(map(len, better))
+    if len(shares) > 1:
+        half = student.ppf(0.975, len(shares) - 1) * shares.std(ddof=1) / len(shares) ** 0.5
+        each = ", ".join(f"{share:.2f}" for share in shares)
+        return f"{shares.mean():.2f} ± {half:.2f} ({each}; {n} culls)"
+    half = 1.96 * np.sqrt(shares[0] * (1 - shares[0]) / n + 0.96 / n**2) / (1 + 3.84 / n)
+    return f"{shares[0]:.2f}, {(shares[0] + 1.92 / n) / (1 + 3.84 / n):.2f} ± {half:.2f} ({n} culls)"
 
 
 def write_csv(rows: dict[str, dict[int, dict]]) -> None:
@@ -214,30 +226,35 @@ def table(draws: int = 2000) -> None:
         drawn[label] = resampled(returns[label], draws, number), resampled(correct[label], draws, number)
 
     def compared(one: str, other: str, i: int) -> str:
-        return beyond(observed[one][i] - observed[other][i], drawn[one][i] - drawn[other][i], digits=(2, 1)[i])
+        by_seed = [(returns, correct)[i][label].mean((1, 2)) for label in (one, other)]
+        if {one, other} <= set(LSTM_ROWS):  # the same controllers
+            by_seed = [by_seed[0] - by_seed[1]]
+        return beyond(observed[one][i] - observed[other][i], drawn[one][i] - drawn[other][i], by_seed, (2, 1)[i])
 
     lines = [
-        "| policy | seeds | return | LSTM beyond it | sampled | test accuracy, % | LSTM beyond it | parameters added |",
-        "|---|---|---|---|---|---|---|---|",
+        "| policy | seeds | return | LSTM beyond it | sampled | LSTM beyond it, sampled | test accuracy, % | "
+        "LSTM beyond it | parameters added |",
+        "|---" * 9 + "|",
     ]
     for label in sorted(rows.keys() - map(SAMPLED.format, CONTROLLERS), key=lambda label: -observed[label][0]):
         other = [compared("LSTM", label, i) for i in range(2)]
         other = ["", ""] if label == "LSTM" else ["", other[1]] if label == STATIC else other
         added = np.mean([entry["parameter_ratio"] for entry in rows[label].values()])
         cells = [label, str(len(rows[label])), f"{observed[label][0]:.2f}", other[0]]
-        cells += [f"{observed[SAMPLED.format(label)][0]:.2f}" if label in CONTROLLERS else ""]
+        sampled = SAMPLED.format(label) if label in CONTROLLERS else label
+        cells += [f"{observed[sampled][0]:.2f}" if label in CONTROLLERS else ""]
+        cells += ["" if label in LSTM_ROWS else compared(SAMPLED.format("LSTM"), sampled, 0)]
         cells += [f"{observed[label][1]:.1f}", other[1], f"{added:.0%}"]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "Culls after which the host ended better off than with the seed (95% interval, over culls):", ""]
+    lines += ["", "Culls after which the host ended better off than with the seed, a share for each controller:", ""]
     for label, seeds in rows.items():
-        better = np.concatenate([entry["better"] for entry in seeds.values()])
-        if len(better) >= 50:
-            lines.append(f"- {label}: {wilson(better.mean(), len(better))}")
+        better = [entry["better"] for entry in seeds.values()]
+        if sum(map(len, better)) >= 50:
+            lines.append(f"- {label}: {precision(better)}")
     lines += ["", *curves(observed["plateau heuristic"][0])]
     if TOLD in rows:
-        most = compared(TOLD, "best schedule", 0)
-        lines += ["", f"- What watching could gain at most: told which are unsound beyond the best schedule {most}"]
-        lines += [f"- LSTM beyond MLP, sampled actions: {compared(SAMPLED.format('LSTM'), SAMPLED.format('MLP'), 0)}"]
+        knowing = compared(TOLD, "best schedule", 0)
+        lines += ["", f"- told which blueprints are unsound, beyond the best schedule: {knowing}"]
     result("table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

@@ -4,7 +4,7 @@
   times, then every module behind the three best of them;
 - the best rule that looks once at each seed and culls it if what it contributes is below a threshold: several orders in
   which to try blueprints, and thresholds;
-- the same orders, told which blueprints are unsound: no controller can know that, but none can do much better.
+- the same orders, told which blueprints are unsound, which no controller can know.
 
     python benchmark/tamiyo_schedule.py     # results/tamiyo_schedule.csv, best first
 """
@@ -23,7 +23,7 @@ sys.path.insert(0, str(HERE.parent))
 import ppo_lstm_tamiyo as tamiyo  # noqa: E402
 from environments.hosts import BLUEPRINTS, CULL, EPOCHS, FOSSILIZE, GERMINATE, OBSERVATION, WAIT  # noqa: E402
 
-SEEDS = list(range(10_000, 10_064))
+ARGS, SEEDS = tamiyo.Args(cuda=False), list(range(10_000, 10_064))
 AGE = 3  # epochs after its germination when a seed is looked at: the last time that it is seen TRAINING
 LAST = 15  # epoch after which a new seed could not become permanent any more
 ORDERS = ((0, 3, 4, 2), (0, 4, 3, 2), (0, 3, 4), (0, 4, 3))  # of blueprints to try
@@ -32,9 +32,9 @@ LOOK = ((0, 4, 3, 2), -0.02)  # order and threshold: the best of this search
 TOLD = (0, 4, 3, 2)  # the same
 
 
-def unsound(seeds: list[int]) -> np.ndarray:
+def unsound(args: tamiyo.Args, seeds: list[int]) -> np.ndarray:
     """[N, blueprints]: what is hidden from the controller."""
-    envs = tamiyo.make_envs(tamiyo.Args(cuda=False), len(seeds))
+    envs = tamiyo.make_envs(args, len(seeds))
     envs.reset(seed=seeds)
     return envs.unsound.copy()
 
@@ -61,9 +61,9 @@ def look(seeds: list[int], order: tuple[int, ...] = LOOK[0], threshold: float = 
     return rule(np.tile(order, (len(seeds), 1)), threshold)
 
 
-def told(seeds: list[int], order: tuple[int, ...] = TOLD) -> Callable:
+def told(args: tamiyo.Args, seeds: list[int], order: tuple[int, ...] = TOLD) -> Callable:
     """Tries only what is sound."""
-    sound = [[blueprint for blueprint in order if not known[blueprint]] for known in unsound(seeds)]
+    sound = [[blueprint for blueprint in order if not known[blueprint]] for known in unsound(args, seeds)]
     return rule(np.array([blueprints + [-1] * (len(order) - len(blueprints)) for blueprints in sound]))
 
 
@@ -81,7 +81,7 @@ def schedule(plan: tuple) -> Callable:
 
 def value(choose: Callable) -> np.ndarray:
     """Returns [N] on the hosts of the search."""
-    return tamiyo.play(tamiyo.Args(cuda=False), SEEDS, choose).returns
+    return tamiyo.play(ARGS, SEEDS, choose).returns
 
 
 def named(order: tuple[int, ...]) -> str:
@@ -102,7 +102,7 @@ def main() -> None:
         for plan, returns in found.items()
     ]
     for order in ORDERS:
-        rows.append(("told what is unsound", named(order), value(told(SEEDS, order))))
+        rows.append(("told what is unsound", named(order), value(told(ARGS, SEEDS, order))))
         for threshold in THRESHOLDS:
             name = f"{named(order)}; culled below {threshold}"
             rows.append(("looks once", name, value(look(SEEDS, order, threshold))))

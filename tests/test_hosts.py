@@ -95,6 +95,7 @@ class SlowHost:
         self.weights = unpad(env.weights[n], *shapes)
         self.momentum = {name: torch.zeros_like(x) for name, x in self.weights.items()}
         self.modules, self.stage, self.age, self.env, self.n = [None, None], ["DORMANT"] * 2, [0, 0], env, n
+        self.seed_age, self.history = 0, [2 * self.classify()]
 
     def alphas(self):
         blend = [1 / (1 + math.exp(-8 * ((age + 1) / 6 - 0.5))) for age in self.age]
@@ -125,14 +126,19 @@ class SlowHost:
         if name.startswith("GERMINATE"):
             i = self.stage.index("DORMANT")
             self.stage[i], self.age[i], self.modules[i] = "GERMINATED", 0, "new"
+            self.seed_age, self.loss_at_germination = 0, self.history[-1][2]
         elif name != "WAIT":
             i, self.stage[live[0]] = live[0], {"CULL": "CULLED", "FOSSILIZE": "FOSSILIZED"}[name]
             self.age[i] = 0
 
     def epoch(self):
+        losses, accuracies = [], []
         for index in self.draws.integers(len(self.subset), size=(hosts.MINIBATCHES, hosts.BATCH_SIZE)):
             images, labels, contrast = (x[self.subset[index]] for x in self.train)
-            F.cross_entropy(self.forward(images, contrast, self.alphas()), labels).backward()
+            logits = self.forward(images, contrast, self.alphas())
+            F.cross_entropy(logits, labels).backward()
+            losses.append(F.cross_entropy(logits, labels).item())
+            accuracies.append((logits.argmax(1) == labels).double().mean().item())
             if "TRAINING" in self.stage:
                 slot = self.stage.index("TRAINING")
                 F.cross_entropy(self.forward(images, contrast, self.alphas(), slot), labels).backward()
@@ -157,11 +163,47 @@ class SlowHost:
             }.get(stage, (99, None))
             if self.age[i] >= epochs:
                 self.stage[i], self.age[i] = following, 0
+        self.seed_age += 1
+        self.history.append((np.mean(losses), np.mean(accuracies), *self.classify()))
 
     @torch.no_grad()
     def loss(self, alphas):
         images, labels, contrast = self.validation
         return F.cross_entropy(self.forward(images, contrast, alphas), labels).item()
+
+    @torch.no_grad()
+    def classify(self):
+        """Loss and accuracy on the validation images."""
+        images, labels, contrast = self.validation
+        right = self.forward(images, contrast, self.alphas()).argmax(1) == labels
+        return self.loss(self.alphas()), right.double().mean().item()
+
+    def observation(self):
+        """Each entry by its name, from the history of (train loss, accuracy, validation loss, accuracy)."""
+        now, before = np.array(self.history[-1]), np.array(self.history[-2])
+        losses, live = [entry[2] for entry in self.history], ("TRAINING", "BLENDING", "HOLDING")
+        seeds = [i for i, stage in enumerate(self.stage) if stage in live]
+        stage, module = (self.stage[seeds[0]], self.modules[seeds[0]]) if seeds else ("no_seed", None)
+        held = [self.modules[i] for i, stage in enumerate(self.stage) if stage in (*live, "FOSSILIZED")]
+        sizes = [sum(x.numel() for x in part.weights.values()) for part in (self, *held)]
+        names = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
+        scale = np.array([hosts.LN, 1, hosts.LN, 1])
+        return {
+            "epoch": (len(self.history) - 1) / 25,
+            **dict(zip(names, now / scale, strict=True)),
+            **dict(zip((f"{name}_change" for name in names), (now - before) / scale, strict=True)),
+            "plateau": (len(losses) - 1 - int(np.argmin(losses))) / 25,
+            "best_accuracy": max(entry[3] for entry in self.history),
+            **{name: float(stage == name.upper() or stage == name) for name in ("no_seed", *map(str.lower, live))},
+            **{name: float(module is not None and module.name == name) for name in BLUEPRINTS},
+            "seed_age": self.seed_age / 25 if seeds else 0,
+            "alpha": self.alphas()[seeds[0]] if seeds else 0,
+            "improvement": (self.loss_at_germination - now[2]) / hosts.LN if seeds else 0,
+            "contribution": self.contribution() / hosts.LN,
+            "free_slots": self.stage.count("DORMANT") / 2,
+            "fossilized_slots": self.stage.count("FOSSILIZED") / 2,
+            "parameter_ratio": sum(sizes[1:]) / sizes[0],
+        }
 
     def contribution(self):
         alphas, other = self.alphas(), self.alphas()
@@ -186,7 +228,7 @@ def assert_same_weights(env, n, slow, atol):
 
 
 def test_hosts_train_as_plain_torch_does(float64, few):
-    """25 epochs of mixed widths, subsets, stages and blueprints; weights, losses and contributions."""
+    """25 epochs of mixed widths, subsets, stages and blueprints; weights, losses, contributions, observations."""
     env, rng = Morphogenesis(8), np.random.default_rng(1)
     _, infos = env.reset(seed=5)
     slow = [SlowHost(env, n) for n in range(8)]
@@ -203,8 +245,11 @@ def test_hosts_train_as_plain_torch_does(float64, few):
                 slow[n].modules[slot] = SlowModule(before, n, slot)
                 seen.add((slow[n].modules[slot].name, slow[n].modules[slot].unsound))
             slow[n].epoch()
-        _, _, _, _, infos = env.step(actions)
+        obs, _, _, _, infos = env.step(actions)
         for n in range(8):
+            seen_by_hand = slow[n].observation()
+            expected = [np.clip(seen_by_hand[name], *OBSERVATION[name]) for name in OBSERVATION]
+            np.testing.assert_allclose(obs[n], expected, atol=1e-6)
             assert [stage.name for stage in map(Stage, infos["stage"][n])] == slow[n].stage
             assert_same_weights(env, n, slow[n], 1e-9)
             assert env.reading[n, 2] == pytest.approx(slow[n].loss(slow[n].alphas()), abs=1e-9)

@@ -141,17 +141,23 @@ def test_04_first_ratio_is_one(tamiyo, changes):
         assert whole_loss(tamiyo, agent, rollout, args)[1]["ratio_error"] < 1e-5
 
 
-def test_05_truncation_bootstraps_with_the_right_state(tamiyo):
+@pytest.mark.parametrize("reset_every", [0, 3])
+def test_05_truncation_bootstraps_with_the_right_state(tamiyo, reset_every):
     """V after every step, by playing each episode again from its first observation."""
-    _, agent, rollouts, carry = rollouts_of(tamiyo, env=MIXED | {"lengths": (3, 7, 1)})
-    rollout, checked = rollouts[1], 0
+    changes = {"env": MIXED | {"lengths": (3, 7, 1)}, "reset_every": reset_every}
+    _, agent, rollouts, carry = rollouts_of(tamiyo, num_steps=24, num_rollouts=1, **changes)
+    rollout, checked = rollouts[0], 0
     values = tamiyo.next_values(agent, rollout, carry)
     for n in range(3):
-        state = rollout.state[0, n][None]
+        age = 0
         for t in range(24):
             if rollout.start[t, n]:
                 state = agent.initial_state(1)
             *_, state = agent.step(rollout.obs[t, n][None], state)
+            age += 1
+            if reset_every and age % reset_every == 0:
+                state = agent.initial_state(1)
+            age *= not (rollout.terminated[t, n] or rollout.truncated[t, n])
             _, final, _ = agent.step(rollout.next_obs[t, n][None], state)
             if not rollout.terminated[t, n]:
                 expected = agent.return_stats.mean + agent.return_stats.std * final
@@ -181,6 +187,24 @@ def test_07_masked_actions_are_never_taken(tamiyo):
     assert rollout.action_mask.gather(-1, rollout.action[..., None]).all()
 
 
+def test_08_statistics_are_those_of_all_data(tamiyo):
+    stats, batches = tamiyo.RunningMeanStd((3,)), [torch.randn(n, 3) * 4 + 7 + n / 50 for n in (5, 1, 300)]
+    for batch in batches:
+        stats.update(batch)
+    everything = torch.cat(batches)
+    torch.testing.assert_close(stats.mean, everything.mean(0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stats.std, everything.std(0, unbiased=False), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stats.denormalize(stats.normalize(everything)), everything)
+
+
+def test_08_beyond_their_memory_statistics_forget(tamiyo):
+    """From 100 samples on, a batch of 100 weighs one half."""
+    stats = tamiyo.RunningMeanStd((), memory=100)
+    for mean in (0.0, 0.0, 0.0, 8.0, 8.0):
+        stats.update(torch.full((100,), mean))
+    assert stats.mean == 6 and stats.count == 100
+
+
 def test_08_popart_keeps_the_values(tamiyo):
     _, agent, (_, rollout), _ = rollouts_of(tamiyo)
 
@@ -188,9 +212,10 @@ def test_08_popart_keeps_the_values(tamiyo):
         return agent.return_stats.denormalize(agent.critic(features).squeeze(-1))
 
     features = torch.randn(40, 8)
-    before = values()
+    before, bias = values(), agent.critic[-1].bias.item()
     agent.update_statistics(rollout.obs.flatten(0, 1), torch.randn(100) * 50 + 300)
     torch.testing.assert_close(values(), before, atol=1e-3, rtol=1e-5)
+    assert agent.critic[-1].bias.item() != bias
 
 
 def test_09_refreshed_states_are_those_of_the_new_weights(tamiyo):

@@ -76,6 +76,19 @@ def test_runs_train_on_hosts_of_their_own(tamiyo, tmp_path, quick, monkeypatch):
     assert len({*drawn[0], *drawn[1]}) == 2 * len(drawn[0]) and max(*drawn[0], *drawn[1]) < hosts.HELD_OUT
 
 
+def test_every_update_refreshes_anneals_and_stops(tamiyo, tmp_path, monkeypatch):
+    """States before each later epoch; the entropy bonus falls to 0; a KL above the target ends the epochs."""
+    refreshed, bonuses, refresh, loss = [], [], tamiyo.refresh_states, tamiyo.ppo_loss
+    monkeypatch.setattr(tamiyo, "refresh_states", lambda *args: (refreshed.append(1), refresh(*args)))
+    monkeypatch.setattr(tamiyo, "ppo_loss", lambda *args: (bonuses.append(args[3].ent_coef), loss(*args))[1])
+    toy_run(tamiyo, tmp_path / "a", refresh_states=True, update_epochs=3)
+    assert len(refreshed) == 2 * 7 and len(bonuses) == 7 * 3 * 2  # the first of 8 rollouts only gives the statistics
+    np.testing.assert_allclose(bonuses[::6], [0.01 * (1 - update / 8) for update in range(1, 8)])
+    bonuses.clear()
+    toy_run(tamiyo, tmp_path / "b", target_kl=1e-12, update_epochs=3)
+    assert len(bonuses) == 7 * 2
+
+
 def test_resume_continues_counters_schedule_and_curve(tamiyo, tmp_path):
     first = toy_run(tamiyo, tmp_path)
     args = tamiyo.Args(**tamiyo.load(f"{first['run_dir']}/checkpoint.pt")["args"])

@@ -57,6 +57,24 @@ class Toy(gym.Env):
         return self.obs, reward, done and end != "truncated", done and end != "terminated", self.info()
 
 
+class Recall(gym.Env):
+    """A cue, 0 or 1, is seen at the first of four steps only; the reward is 1 for answering with it at the last."""
+
+    observation_space, action_space = Box(-1, 1, (3,)), Discrete(2)
+
+    def observe(self):
+        return np.array([self.t == 0, (2 * self.cue - 1) * (self.t == 0), self.t / 4], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.cue, self.t = int(self.np_random.integers(2)), 0
+        return self.observe(), {}
+
+    def step(self, action):
+        self.t += 1
+        return self.observe(), float(self.t == 4 and action == self.cue), self.t == 4, False, {}
+
+
 class Pendulum(gym.Env):
     """A pendulum (angle, velocity) that ignores the policy; `gravity` changes its dynamics."""
 
@@ -78,6 +96,7 @@ class Pendulum(gym.Env):
 
 
 gym.register("Toy-v0", entry_point=Toy)
+gym.register("Recall-v0", entry_point=Recall)
 gym.register("ToyPendulum-v0", entry_point=Pendulum)
 
 
