@@ -178,7 +178,7 @@ def check(args: Args) -> None:
     moviepy = not args.capture_video or importlib.util.find_spec("moviepy")
     need(moviepy, "--capture-video needs moviepy: pip install -r requirements-envs.txt")
     try:
-        env = make_env(args)
+        env = make_env(args, "rgb_array" if args.capture_video else None)
         names, space = entry_names(env.observation_space), env.action_space
         env.close()
     except Exception as error:
@@ -232,7 +232,7 @@ def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> Vecto
 
 def env_action(action: Tensor, space: gym.Space) -> np.ndarray:
     """The agent's actions [N, A] as the environments want them. A Box is scaled from [-1, 1], and clipped, to its
-    bounds; an entry without bounds is left alone."""
+    bounds; an entry without both bounds is only clipped."""
     array = action.cpu().numpy()
     if isinstance(space, Discrete):
         return array[:, 0] + space.start
@@ -241,7 +241,8 @@ def env_action(action: Tensor, space: gym.Space) -> np.ndarray:
         return array + space.start
     bounded = np.isfinite(space.low) & np.isfinite(space.high)
     low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
-    return np.where(bounded, low + (np.clip(array, -1, 1) + 1) / 2 * (high - low), array).astype(space.dtype)
+    scaled = np.where(bounded, low + (np.clip(array, -1, 1) + 1) / 2 * (high - low), array)
+    return np.clip(scaled, space.low, space.high).astype(space.dtype)
 
 
 def all_sum(x: Tensor) -> Tensor:
@@ -794,6 +795,8 @@ def forecast_figure(agent: Agent, predictor: Predictor, episode: Tensor, names: 
 
 # --- evaluate
 
+LONGEST = 27_000  # steps after which an evaluation does not wait for the end of an episode any more
+
 
 class Evaluation(NamedTuple):
     returns: np.ndarray  # [E] in the order in which the episodes ended
@@ -840,6 +843,11 @@ def evaluate(
                 seen[n][-1] = final_observation(envs, infos, n, carry.obs.device)
                 episodes.append(torch.stack(seen[n]))
                 seen[n] = [carry.obs[n]]
+        if (carry.lengths[left > 0] >= LONGEST).any():
+            warnings.warn(f"an episode that does not end within {LONGEST} steps counts as it stands", stacklevel=1)
+            ended += zip(carry.returns[left > 0], carry.lengths[left > 0], strict=True)
+            episodes += [torch.stack(seen[n]) for n in np.flatnonzero(left) if record]
+            break
     envs.close()
     returns, lengths = np.array(ended).T
     return Evaluation(returns, lengths, successes, episodes)
@@ -980,7 +988,9 @@ def open_run(args: Args, progress: Progress) -> tuple[Path, SummaryWriter]:
     if args.resume:
         return Path(args.resume), SummaryWriter(args.resume, purge_step=progress.global_step + 1)
     env_name = args.env_id.replace("/", "-").replace(":", "-")
-    run_dir = Path(args.runs_dir, f"{env_name}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    name, started = f"{env_name}__{args.exp_name}__{args.seed}", int(time.time())
+    while (run_dir := Path(args.runs_dir, f"{name}__{started}")).exists():  # begun in the same second
+        started += 1
     run_dir.mkdir(parents=True)
     (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
     shutil.copy(__file__, run_dir)
@@ -1026,7 +1036,7 @@ def train(args: Args) -> dict:
         forecasting += agent.extractor_parameters()
         lr = args.predictor_learning_rate * args.predictor_loss_weight
         predictor_optimizer.add_param_group({"params": agent.extractor_parameters(), "lr": lr})
-    initial_lrs = [(group, group["lr"]) for group in optimizer.param_groups + predictor_optimizer.param_groups]
+    initial_lrs = [group["lr"] for group in optimizer.param_groups + predictor_optimizer.param_groups]
     rng, predictor_rng = (torch.Generator(device).manual_seed(args.seed + rank) for _ in range(2))
     parts = {"agent": agent, "optimizer": optimizer, "rng": rng}
     parts |= {"predictor": predictor, "predictor_optimizer": predictor_optimizer, "rng_predictor": predictor_rng}
@@ -1039,7 +1049,7 @@ def train(args: Args) -> dict:
     if args.evaluate:
         envs.close()
         run_dir = Path(args.evaluate).parent
-        return summary(assess(agent, predictor, args, run_dir, names), progress, args, run_dir)
+        return {} if rank > 0 else summary(assess(agent, predictor, args, run_dir, names), progress, args, run_dir)
     if progress.global_step >= args.total_timesteps:
         raise InputError(f"{args.resume} has its {progress.global_step} steps: --total-timesteps says how far to go")
     if args.init_from:
@@ -1057,7 +1067,8 @@ def train(args: Args) -> dict:
             # --- rollout, advantages
             started = time.perf_counter()
             remaining = 1 - progress.global_step / args.total_timesteps if args.anneal_lr else 1.0
-            for group, initial_lr in initial_lrs:
+            groups = optimizer.param_groups + predictor_optimizer.param_groups
+            for group, initial_lr in zip(groups, initial_lrs, strict=True):
                 group["lr"] = initial_lr * remaining
             rollout = Rollout(args, agent, len(names), space, carry.action_mask is not None, device)
             episodes = collect(envs, agent, rollout, carry, rng)
@@ -1117,21 +1128,23 @@ def train(args: Args) -> dict:
                 if error > 1e-3:
                     warnings.warn("rollout and update compute different log-probabilities", stacklevel=1)
             scalars["losses/explained_variance"] = 1 - float((returns - rollout.value).var() / returns.var())
-            scalars["charts/learning_rate"] = args.learning_rate * remaining
+            scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             scalars["charts/SPS"] = steps_done / seconds
             recent = np.mean(progress.recent or [math.nan])
             bar.set_postfix_str(f"{scalars['charts/SPS']:.0f} steps/s, return {recent:.1f}", refresh=False)
             bar.update(steps_per_update)
             due = args.checkpoint_every and progress.update % args.checkpoint_every == 0
-            if not stop and (due or progress.global_step >= args.total_timesteps):
+            due = due or progress.global_step >= args.total_timesteps
+            if stop or due:
+                save(run_dir / "checkpoint.pt", parts, progress, args)
+            if due and not stop:
                 scalars |= assess(agent, predictor, args, run_dir, names)
             for name, value in scalars.items():
                 writer.add_scalar(name, value, progress.global_step)
             if "eval/episodic_return" in scalars and scalars["eval/episodic_return"] > progress.best:
                 progress.best = scalars["eval/episodic_return"]
-                save(run_dir / "best.pt", parts, progress, args)
-            if stop or "eval/episodic_return" in scalars:
-                save(run_dir / "checkpoint.pt", parts, progress, args)
+                for name in ("best.pt", "checkpoint.pt"):
+                    save(run_dir / name, parts, progress, args)
     finally:
         envs.close()
         if rank == 0:
@@ -1160,7 +1173,8 @@ def main() -> None:
         sys.exit(128 + signals[0])
     if result:
         before, now = result["before_return_mean"], result["eval_return_mean"]
-        solved = gym.spec(args.env_id.split(":")[-1]).reward_threshold
+        with make_env(args) as env:
+            solved = env.spec.reward_threshold
         print(
             f"random policy {result['random_return_mean']:.0f} | before {before:.0f} | now {now:.0f} | solved {solved}"
         )

@@ -574,6 +574,9 @@ def reference_action(
 # --- evaluate
 
 
+LONGEST = 27_000  # steps after which an episode that does not end counts as it stands
+
+
 class Episodes(NamedTuple):
     """One episode for each of E seeds; steps behind an episode's end are -1."""
 
@@ -593,7 +596,7 @@ def play(args: Args, seeds: list[int], choose: Callable, modules: np.ndarray | N
     obs, infos = envs.reset(seed=seeds, options=None if modules is None else {"modules": modules})
     running, actions, stages, closing = np.ones(len(seeds), bool), [], [], [{} for _ in seeds]
     returns, lengths = np.zeros(len(seeds)), np.zeros(len(seeds), int)
-    while running.any():
+    while running.any() and len(actions) < LONGEST:
         flat, action_mask = observe(envs, obs, infos, device)
         action = choose(len(actions), flat, action_mask)
         actions.append(np.where(running, action, -1))
@@ -847,7 +850,9 @@ def open_run(args: Args, progress: Progress) -> tuple[Path, SummaryWriter]:
     if args.resume:
         return Path(args.resume), SummaryWriter(args.resume, purge_step=progress.global_step + 1)
     env_name = args.env_id.replace("/", "-").replace(":", "-")
-    run_dir = Path(args.runs_dir, f"{env_name}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    name, started = f"{env_name}__{args.exp_name}__{args.seed}", int(time.time())
+    while (run_dir := Path(args.runs_dir, f"{name}__{started}")).exists():  # begun in the same second
+        started += 1
     run_dir.mkdir(parents=True)
     (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
     shutil.copy(__file__, run_dir)
@@ -971,15 +976,17 @@ def train(args: Args) -> dict:
             bar.set_postfix_str(f"{scalars['charts/SPS']:.0f} steps/s, return {recent:.1f}", refresh=False)
             bar.update(steps_per_update)
             due = args.checkpoint_every and progress.update % args.checkpoint_every == 0
-            if not stop and (due or progress.global_step >= args.total_timesteps):
+            due = due or progress.global_step >= args.total_timesteps
+            if stop or due:
+                save(run_dir / "checkpoint.pt", parts, progress, args)
+            if due and not stop:
                 scalars |= assess(agent, args, run_dir, writer, progress.global_step)
             for name, value in scalars.items():
                 writer.add_scalar(name, value, progress.global_step)
             if "eval/episodic_return" in scalars and scalars["eval/episodic_return"] > progress.best:
                 progress.best = scalars["eval/episodic_return"]
-                save(run_dir / "best.pt", parts, progress, args)
-            if stop or "eval/episodic_return" in scalars:
-                save(run_dir / "checkpoint.pt", parts, progress, args)
+                for name in ("best.pt", "checkpoint.pt"):
+                    save(run_dir / name, parts, progress, args)
     finally:
         envs.close()
         if rank == 0:

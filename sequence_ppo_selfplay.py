@@ -656,8 +656,9 @@ def accumulate(
     """Adds a minibatch's gradient to the weights' and gives its metrics. The sequences, from rows `first` [S] on,
     go through the nets in batches of similar length, and these in chunks of `bptt_length` steps; a chunk continues from
     the memory that the one before left, without its gradient, and is backpropagated before the next (detail 1)."""
-    bptt = args.bptt_length if args.bptt_length >= 0 else automatic_bptt(first, length, args, data.obs.shape[1])
-    chunks = []
+    bptt, chunks = args.bptt_length, []
+    if bptt < 0:
+        bptt = automatic_bptt(first, length, args, 2 * data.obs.shape[1] + data.unseen.shape[1])
     for index, mask in batches(first, length):
         memory, size = agent.initial_state(index.shape[1]), bptt or len(index)
         for chunk in zip(index.split(size), mask.split(size), strict=True):
@@ -667,7 +668,7 @@ def accumulate(
             chunks.append(metrics)
     columns = {name: torch.stack([chunk[name] for chunk in chunks]) for name in chunks[0]}
     totals = {name: column.max() if name == "ratio_error" else column.sum() for name, column in columns.items()}
-    return totals | {"bptt_length": torch.tensor(float(bptt))}
+    return totals | {"bptt_length": torch.tensor(float(bptt), device=first.device)}
 
 
 # --- opponents
@@ -941,8 +942,9 @@ def opponent(name: str, agent: Agent, args: Args) -> Player:
     if not Path(name).is_file():
         return Player(name)
     other = copy.deepcopy(agent)
-    restore({"agent": other}, load(name, args), args)
-    return Player(name, other.policy, args.sequence, args.eval_deterministic)
+    reference = copy.deepcopy(other.policy)
+    restore({"agent": other, "reference": reference}, load(name, args), args)
+    return replace(evaluated(other, reference, args), name=name)
 
 
 def summary(scores: dict[str, float], progress: Progress, args: Args, run_dir: Path) -> dict:
@@ -991,7 +993,9 @@ def open_run(args: Args, progress: Progress) -> tuple[Path, SummaryWriter]:
     """The run's folder, with its arguments and the code as it runs, and the writer of its TensorBoard events."""
     if args.resume:
         return Path(args.resume), SummaryWriter(args.resume, purge_step=progress.global_step + 1)
-    run_dir = Path(args.runs_dir, f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    name, started = f"{args.env_id}__{args.exp_name}__{args.seed}", int(time.time())
+    while (run_dir := Path(args.runs_dir, f"{name}__{started}")).exists():  # begun in the same second
+        started += 1
     run_dir.mkdir(parents=True)
     (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
     shutil.copy(__file__, run_dir)
@@ -1044,9 +1048,9 @@ def game_scalars(data: Sequences, num_actions: int, pool: Pool, progress: Progre
 
 
 def train(args: Args) -> dict:
-    """Trains, evaluates the final weights and returns the closing summary. Raises InputError before any work if it is
-    asked for what cannot be. A lost server leaves a checkpoint of the last whole update, any other exception the last
-    one on disk."""
+    """Trains, evaluates the final weights and returns the closing summary; for Showdown, begin with `Args(**SHOWDOWN)`.
+    Raises InputError before any work if it is asked for what cannot be. A lost server leaves a checkpoint of the last
+    whole update, any other exception the last one on disk."""
     check(args)
     device, rank, world = setup(args)
     if args.evaluate:
@@ -1150,13 +1154,15 @@ def train(args: Args) -> dict:
             scalars["charts/SPS"], scalars["selfplay/games_per_s"] = steps_done / seconds, games_done / seconds
             scalars["selfplay/play_share"] = (played - started) / (time.perf_counter() - started)
             final = progress.global_step >= args.total_timesteps
-            if not stop and (final or (args.checkpoint_every and progress.update % args.checkpoint_every == 0)):
+            due = final or (args.checkpoint_every and progress.update % args.checkpoint_every == 0)
+            if stop or due:
+                save(run_dir / "checkpoint.pt", parts, progress, args)
+            if due and not stop:
                 scalars |= assess(eval_games, agent, reference, pool, args, final)
                 if scalars["eval/score"] > progress.best:
                     progress.best = scalars["eval/score"]
-                    save(run_dir / "best.pt", parts, progress, args)
-            if stop or "eval/score" in scalars:
-                save(run_dir / "checkpoint.pt", parts, progress, args)
+                    for name in ("best.pt", "checkpoint.pt"):
+                        save(run_dir / name, parts, progress, args)
             for name, value in scalars.items():
                 writer.add_scalar(name, value, progress.global_step)
             postfix = f"{scalars['charts/SPS']:.0f} decisions/s, {scalars['selfplay/games_per_s']:.1f} games/s"

@@ -188,7 +188,7 @@ def check(args: Args) -> None:
     moviepy = not args.capture_video or importlib.util.find_spec("moviepy")
     need(moviepy, "--capture-video needs moviepy: pip install -r requirements-envs.txt")
     try:
-        env = make_env(args)
+        env = make_env(args, "rgb_array" if args.capture_video else None)
         shape, space = obs_shape(env.observation_space), env.action_space
         env.close()
     except Exception as error:
@@ -1363,7 +1363,9 @@ def open_run(args: Args, progress: Progress) -> tuple[Path, SummaryWriter]:
     if args.resume:
         return Path(args.resume), SummaryWriter(args.resume, purge_step=progress.global_step + 1)
     env_name = args.env_id.replace("/", "-").replace(":", "-")
-    run_dir = Path(args.runs_dir, f"{env_name}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    name, started = f"{env_name}__{args.exp_name}__{args.seed}", int(time.time())
+    while (run_dir := Path(args.runs_dir, f"{name}__{started}")).exists():  # begun in the same second
+        started += 1
     run_dir.mkdir(parents=True)
     (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
     shutil.copy(__file__, run_dir)
@@ -1505,6 +1507,8 @@ def train(args: Args) -> dict:
             bar.update(steps_per_update)
             due = args.checkpoint_every and progress.update % args.checkpoint_every == 0
             closing = progress.global_step >= args.total_timesteps
+            if stop or due or closing:
+                save(run_dir / "checkpoint.pt", parts, progress, args)
             if closing or (due and not stop):
                 scores, played = assess(agent, args, progress.beta(args), run_dir, closing)
                 scalars |= scores
@@ -1516,9 +1520,8 @@ def train(args: Args) -> dict:
                 writer.add_scalar(name, value, progress.global_step)
             if "eval/episodic_return" in scalars and scalars["eval/episodic_return"] > progress.best:
                 progress.best = scalars["eval/episodic_return"]
-                save(run_dir / "best.pt", parts, progress, args)
-            if stop or "eval/episodic_return" in scalars:
-                save(run_dir / "checkpoint.pt", parts, progress, args)
+                for name in ("best.pt", "checkpoint.pt"):
+                    save(run_dir / name, parts, progress, args)
     finally:
         envs.close()
         if rank == 0:
@@ -1548,7 +1551,8 @@ def main() -> None:
         sys.exit(128 + signals[0])
     if result:
         before, now = result["before_return_mean"], result["eval_return_mean"]
-        solved = gym.spec(args.env_id.split(":")[-1]).reward_threshold
+        with make_env(args) as env:
+            solved = env.spec.reward_threshold
         print(
             f"random policy {result['random_return_mean']:.0f} | before {before:.0f} | now {now:.0f} | solved {solved}"
         )

@@ -190,6 +190,9 @@ def test_resume_continues_counters_schedule_and_curve(script, tmp_path):
     rates = dict(scalars(first["run_dir"])["charts/learning_rate"])
     assert rates[32 * 9] == pytest.approx(args.learning_rate * (1 - 8 / 16), rel=1e-4)
     state = script.load(f"{first['run_dir']}/checkpoint.pt")
+    for optimizer in ("optimizer", "predictor_optimizer"):  # what the optimisers really used
+        initial = args.learning_rate if optimizer == "optimizer" else args.predictor_learning_rate
+        assert state[optimizer]["param_groups"][0]["lr"] == pytest.approx(initial * (1 - 15 / 16))
     assert state["agent"]["obs_stats.count"] == 32 * 16
     step = state["optimizer"]["state"][0]["step"]
     assert step == 15 * args.update_epochs * args.num_minibatches
@@ -219,6 +222,46 @@ def test_a_checkpoint_of_a_gpu_resumes_on_a_cpu(script):
     generator = torch.Generator()
     state = {"rng": torch.zeros(16, dtype=torch.uint8), "progress": {"global_step": 7}}
     assert script.restore({"rng": generator}, state).global_step == generator.initial_seed() == 7
+
+
+def test_a_failing_evaluation_costs_no_training(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "assess", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        small_run(script, tmp_path, "run", checkpoint_every=0)
+    checkpoint = next((tmp_path / "run").glob("*/checkpoint.pt"))
+    assert script.load(checkpoint)["progress"]["global_step"] == 32 * 8
+
+
+def test_videos_need_an_environment_that_draws(script):
+    with pytest.raises(script.InputError, match="render_mode"):
+        script.check(script.Args(env_id="toys:Toy-v0", capture_video=True))
+
+
+def test_an_episode_without_end_does_not_hold_up_the_evaluation(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "LONGEST", 50)
+    endless = {"env_kwargs": json.dumps({"lengths": [10**9]}), "total_timesteps": 64}
+    with pytest.warns(UserWarning, match="does not end within 50 steps"):
+        result = small_run(script, tmp_path, "run", **endless)
+    assert result["global_step"] == 64 and result["eval_return_mean"] is not None
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script.time, "time", lambda: 1e9)
+    folders = [script.open_run(script.Args(runs_dir=str(tmp_path)), script.Progress())[0].name for _ in range(3)]
+    assert [name.rsplit("__", 1)[1] for name in folders] == ["1000000000", "1000000001", "1000000002"]
+
+
+def test_05_termination_and_truncation_reach_the_advantages(script, tmp_path, monkeypatch):
+    seen, real = {}, script.gae
+
+    def gae(reward, value, values_after, terminated, truncated, *rest):
+        seen["terminated"], seen["truncated"] = terminated.any().item(), truncated.any().item()
+        return real(reward, value, values_after, terminated, truncated, *rest)
+
+    monkeypatch.setattr(script, "gae", gae)
+    for end in ("terminated", "truncated"):
+        small_run(script, tmp_path, end, env_kwargs=json.dumps({"lengths": [3], "ends": [end]}), total_timesteps=32)
+        assert seen == {"terminated": end == "terminated", "truncated": end == "truncated"}
 
 
 def test_evaluate_and_transfer_a_checkpoint(script, script_path, tmp_path):

@@ -461,7 +461,7 @@ def test_06_automatic_bptt_length_keeps_activations_within_the_budget(selfplay, 
     args, agent = toy_agent(selfplay, network=network, hidden_size=64, memory_budget_mb=budget)
     data = random_data(selfplay, lengths, torch.float32)
     with_targets(selfplay, agent, data, args)
-    bptt = selfplay.automatic_bptt(data.first, data.length, args, 7)
+    bptt = selfplay.automatic_bptt(data.first, data.length, args, 2 * 7 + data.unseen.shape[1])
     weights = {weight.untyped_storage().data_ptr() for weight in agent.parameters()}
     largest = 0
     for index, mask in selfplay.batches(data.first, data.length):

@@ -163,6 +163,27 @@ def test_a_checkpoint_of_a_gpu_resumes_on_a_cpu(selfplay):
     assert selfplay.restore({"rng": generator}, state, selfplay.Args()).global_step == generator.initial_seed() == 7
 
 
+def test_a_failing_evaluation_costs_no_training(selfplay, tmp_path, monkeypatch):
+    real = selfplay.assess
+    monkeypatch.setattr(selfplay, "assess", lambda *args: 1 / 0 if args[-1] is True else real(*args))
+    with pytest.raises(ZeroDivisionError):
+        small_run(selfplay, tmp_path, checkpoint_every=0)
+    checkpoint = next(tmp_path.glob("*/checkpoint.pt"))
+    assert selfplay.load(checkpoint)["progress"]["global_step"] >= 1000
+
+
+def test_against_a_checkpoint_s_average_plays_that(selfplay, tmp_path):
+    checkpoint = f"{small_run(selfplay, tmp_path)['run_dir']}/checkpoint.pt"
+    state = selfplay.load(checkpoint)
+    args = selfplay.Args(**state["args"] | {"eval_average": True})
+    games = selfplay.make_games(args, 0)
+    agent = selfplay.Agent(games.obs_size + games.num_actions, games.unseen_size, games.num_actions, args)
+    player = selfplay.opponent(checkpoint, agent, args)
+    weights = player.net.state_dict()
+    assert player.name == checkpoint and all(torch.equal(x, weights[name]) for name, x in state["reference"].items())
+    assert any(not torch.equal(x, state["agent"][f"policy.{name}"]) for name, x in weights.items())
+
+
 def test_evaluate_transfer_and_head_to_head(selfplay, selfplay_path, tmp_path):
     first, second = (small_run(selfplay, tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 2)))
     checkpoint, other = (f"{result['run_dir']}/checkpoint.pt" for result in (first, second))

@@ -127,6 +127,19 @@ def test_a_checkpoint_of_a_gpu_resumes_on_a_cpu(tamiyo):
     assert tamiyo.restore({"rng": generator}, state).global_step == generator.initial_seed() == 7
 
 
+def test_05_termination_and_truncation_reach_the_advantages(tamiyo, tmp_path, monkeypatch):
+    seen, real = {}, tamiyo.gae
+
+    def gae(reward, value, values_after, terminated, truncated, *rest):
+        seen["terminated"], seen["truncated"] = terminated.any().item(), truncated.any().item()
+        return real(reward, value, values_after, terminated, truncated, *rest)
+
+    monkeypatch.setattr(tamiyo, "gae", gae)
+    for end in ("terminated", "truncated"):
+        toy_run(tamiyo, tmp_path / end, env_kwargs=json.dumps({"lengths": [3], "ends": [end]}), total_timesteps=32)
+        assert seen == {"terminated": end == "terminated", "truncated": end == "truncated"}
+
+
 def test_transfer_takes_what_fits(tamiyo, tmp_path, capfd):
     checkpoint = f"{toy_run(tamiyo, tmp_path)['run_dir']}/checkpoint.pt"
     toy_run(tamiyo, tmp_path / "wider", init_from=checkpoint, lstm_hidden=9, total_timesteps=32)

@@ -34,6 +34,7 @@ class Toy(gym.Env):
         mask[[0, 2]] = True
         if self.masked == "nothing":
             mask[:] = False
+        self.allowed = mask
         return {"action_mask": mask.astype(np.int8)}
 
     def reset(self, *, seed=None, options=None):
@@ -43,6 +44,9 @@ class Toy(gym.Env):
         return self.obs, self.info()
 
     def step(self, action):
+        chosen = action + np.array([0, 2]) if isinstance(self.action_space, MultiDiscrete) else action - 2
+        if self.masked and not self.allowed[chosen].all():
+            raise ValueError(f"action {action} is forbidden")
         self.t, self.life = self.t + 1, self.life + 1
         struck = self.life == self.fault_step
         if struck and self.fault == "raise":
