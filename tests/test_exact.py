@@ -327,7 +327,7 @@ def test_07_masked_actions_are_never_taken_and_get_no_gradient(script, action):
 
 
 def test_actions_stay_within_every_bound_there_is(script):
-    space = gym.spaces.Box(np.array([0, -np.inf, -2], np.float32), np.array([np.inf, 1, 2], np.float32))
+    space = Box(np.array([0, -np.inf, -2], np.float32), np.array([np.inf, 1, 2], np.float32))
     actions = script.env_action(torch.tensor([[-3.0, 5.0, 0.5], [3.0, -5.0, 9.0]]), space)
     np.testing.assert_array_equal(actions, [[0, 1, 1], [3, -5, 2]])
 
