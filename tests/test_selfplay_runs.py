@@ -127,6 +127,32 @@ def test_07_reference_and_entropy_bonus_follow_their_schedules(selfplay, tmp_pat
     np.testing.assert_allclose(coefficients, [0.3 - 0.2 * step / 1000 for step in steps])
 
 
+def test_07_the_reference_is_the_moving_average_that_is_evaluated(selfplay, tmp_path, monkeypatch):
+    weights, record = [], selfplay.Pool.record
+
+    def spy(pool, pairs, payoffs, learner):
+        weights.append(copy.deepcopy(learner.net.state_dict()))
+        return record(pool, pairs, payoffs, learner)
+
+    monkeypatch.setattr(selfplay.Pool, "record", spy)
+    result = small_run(selfplay, tmp_path, ref_rate=0.3)
+    state = selfplay.load(f"{result['run_dir']}/checkpoint.pt")
+    steps = [0, *[step for step, _ in scalars(result["run_dir"])["charts/SPS"]][:-1]]
+    average = state["pool"]["nets"][0]  # the untrained policy
+    for step, new in zip(steps, weights, strict=True):
+        average = {name: x + 0.3 * (1 - step / 1000) * (new[name] - x) for name, x in average.items()}
+    for name, x in state["reference"].items():
+        torch.testing.assert_close(x, average[name], atol=1e-5, rtol=0)
+
+    args = selfplay.Args(**state["args"])
+    games = selfplay.make_games(args, 0)
+    agent = selfplay.Agent(games.obs_size + games.num_actions, games.unseen_size, games.num_actions, args)
+    agent.policy.load_state_dict(state["reference"])
+    tables = selfplay.policy_tables(agent.policy, games.levels, games.num_actions, args.sequence)
+    expected = selfplay.exploitability(games, games.levels, tables)
+    assert result["exploitability_average"] == pytest.approx(expected, abs=1e-6) != result["exploitability"]
+
+
 def test_resume_keeps_pool_counters_and_curve(selfplay, tmp_path):
     first = small_run(selfplay, tmp_path)
     state = selfplay.load(f"{first['run_dir']}/checkpoint.pt")
