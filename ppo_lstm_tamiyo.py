@@ -96,7 +96,7 @@ class Args:
     """folder of CIFAR-10's binary archive, which is downloaded if it is not there"""
 
     # --- PPO
-    total_timesteps: int = 64_000
+    total_timesteps: int = 128_000
     """epochs of hosts to train for, over all hosts and processes; a host has 25"""
     learning_rate: float = 1e-3
     """Adam's step size"""
