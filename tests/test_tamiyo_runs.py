@@ -111,6 +111,10 @@ def test_evaluate_a_checkpoint_and_reference_policies(tamiyo, tamiyo_path, tmp_p
     saved = tamiyo.load(checkpoint)["args"]
     again = tamiyo.train(tamiyo.Args(**saved | {"evaluate": checkpoint}))
     assert again["eval_return_mean"] == pytest.approx(first["eval_return_mean"])
+    other = tamiyo.train(tamiyo.Args(**saved | {"evaluate": checkpoint, "eval_episodes": 3}))
+    assert "never_return_mean" in again and "never_return_mean" not in other  # that was on other hosts
+    wiped = tamiyo.train(tamiyo.Args(**saved | {"evaluate": checkpoint, "reset_every": 1}))
+    assert wiped["eval_return_mean"] == pytest.approx(first["eval_return_memoryless"])
     static = tamiyo.train(tamiyo.Args(**saved | {"evaluate": checkpoint, "policy": "static"}))
     assert static["policy"] == "static" and static["germinations"] >= static["fossilized"]
     never = tamiyo.train(tamiyo.Args(**SMALL, policy="never", runs_dir=str(tmp_path / "none")))
