@@ -574,7 +574,7 @@ def reference_action(
 # --- evaluate
 
 
-LONGEST = 27_000  # steps after which an episode that does not end counts as it stands
+LONGEST = 27_000  # steps after which an evaluation does not wait for the end of an episode any more
 
 
 class Episodes(NamedTuple):
@@ -607,6 +607,8 @@ def play(args: Args, seeds: list[int], choose: Callable, modules: np.ndarray | N
             arrays = {name: x for name, x in infos["final_info"].items() if isinstance(x, np.ndarray)}
             closing[n] = {name: x[n] for name, x in arrays.items()}
         running &= ~(terminated | truncated)
+    if running.any():
+        warnings.warn(f"an episode that does not end within {LONGEST} steps counts as it stands", stacklevel=1)
     envs.close()
     known = set.intersection(*map(set, closing))
     info = {name: np.stack([entry[name] for entry in closing]) for name in known}

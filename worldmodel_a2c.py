@@ -1505,11 +1505,11 @@ def train(args: Args) -> dict:
             recent = np.mean(progress.recent or [math.nan])
             bar.set_postfix_str(f"{scalars['charts/SPS']:.0f} steps/s, return {recent:.1f}", refresh=False)
             bar.update(steps_per_update)
-            due = args.checkpoint_every and progress.update % args.checkpoint_every == 0
             closing = progress.global_step >= args.total_timesteps
-            if stop or due or closing:
+            due = closing or (args.checkpoint_every and progress.update % args.checkpoint_every == 0)
+            if stop or due:
                 save(run_dir / "checkpoint.pt", parts, progress, args)
-            if closing or (due and not stop):
+            if due and not stop:
                 scores, played = assess(agent, args, progress.beta(args), run_dir, closing)
                 scalars |= scores
                 if played.longest.obs.shape[1] > 1:

@@ -1,6 +1,7 @@
 """What happens when things go wrong: wrong input, signals, crashes, broken environments, hostile checkpoints."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -251,7 +252,7 @@ def test_runs_of_the_same_second_have_folders_of_their_own(script, tmp_path, mon
     assert [name.rsplit("__", 1)[1] for name in folders] == ["1000000000", "1000000001", "1000000002"]
 
 
-def test_05_termination_and_truncation_reach_the_advantages(script, tmp_path, monkeypatch):
+def assert_ends_reach_the_advantages(script, train, folder, monkeypatch):
     seen, real = {}, script.gae
 
     def gae(reward, value, values_after, terminated, truncated, *rest):
@@ -260,8 +261,14 @@ def test_05_termination_and_truncation_reach_the_advantages(script, tmp_path, mo
 
     monkeypatch.setattr(script, "gae", gae)
     for end in ("terminated", "truncated"):
-        small_run(script, tmp_path, end, env_kwargs=json.dumps({"lengths": [3], "ends": [end]}), total_timesteps=32)
+        env_kwargs = json.dumps({"lengths": [3], "ends": [end]})
+        train(runs_dir=str(folder / end), env_kwargs=env_kwargs, total_timesteps=32)
         assert seen == {"terminated": end == "terminated", "truncated": end == "truncated"}
+
+
+def test_05_termination_and_truncation_reach_the_advantages(script, tmp_path, monkeypatch):
+    train = functools.partial(small_run, script, tmp_path, "run")
+    assert_ends_reach_the_advantages(script, train, tmp_path, monkeypatch)
 
 
 def test_evaluate_and_transfer_a_checkpoint(script, script_path, tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Discrete
-from test_exact import MIXED, disturb, reference_loss
+from test_exact import MIXED, assert_statistics_are_those_of_all_data, disturb, reference_loss
 from toys import gradients, tiny_hosts
 
 from environments import hosts
@@ -188,13 +188,7 @@ def test_07_masked_actions_are_never_taken(tamiyo):
 
 
 def test_08_statistics_are_those_of_all_data(tamiyo):
-    stats, batches = tamiyo.RunningMeanStd((3,)), [torch.randn(n, 3) * 4 + 7 + n / 50 for n in (5, 1, 300)]
-    for batch in batches:
-        stats.update(batch)
-    everything = torch.cat(batches)
-    torch.testing.assert_close(stats.mean, everything.mean(0), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(stats.std, everything.std(0, unbiased=False), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(stats.denormalize(stats.normalize(everything)), everything)
+    assert_statistics_are_those_of_all_data(tamiyo)
 
 
 def test_08_beyond_their_memory_statistics_forget(tamiyo):

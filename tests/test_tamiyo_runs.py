@@ -1,13 +1,20 @@
 """Whole runs of ppo_lstm_tamiyo.py: the same seed, resume, evaluation, signals, wrong input, two processes."""
 
 import dataclasses
+import functools
 import json
 import signal
 
 import numpy as np
 import pytest
 import torch
-from test_faults import assert_a_signal_saves, assert_refused, assert_two_processes_match_one, run
+from test_faults import (
+    assert_a_signal_saves,
+    assert_ends_reach_the_advantages,
+    assert_refused,
+    assert_two_processes_match_one,
+    run,
+)
 from toys import same_but_for_time, scalars, tiny_hosts
 
 from environments import hosts
@@ -132,16 +139,15 @@ def test_a_checkpoint_of_a_gpu_resumes_on_a_cpu(tamiyo):
 
 
 def test_05_termination_and_truncation_reach_the_advantages(tamiyo, tmp_path, monkeypatch):
-    seen, real = {}, tamiyo.gae
+    train = functools.partial(toy_run, tamiyo, tmp_path)
+    assert_ends_reach_the_advantages(tamiyo, train, tmp_path, monkeypatch)
 
-    def gae(reward, value, values_after, terminated, truncated, *rest):
-        seen["terminated"], seen["truncated"] = terminated.any().item(), truncated.any().item()
-        return real(reward, value, values_after, terminated, truncated, *rest)
 
-    monkeypatch.setattr(tamiyo, "gae", gae)
-    for end in ("terminated", "truncated"):
-        toy_run(tamiyo, tmp_path / end, env_kwargs=json.dumps({"lengths": [3], "ends": [end]}), total_timesteps=32)
-        assert seen == {"terminated": end == "terminated", "truncated": end == "truncated"}
+def test_an_episode_without_end_does_not_hold_up_the_evaluation(tamiyo, tmp_path, monkeypatch):
+    monkeypatch.setattr(tamiyo, "LONGEST", 50)
+    with pytest.warns(UserWarning, match="does not end within 50 steps"):
+        result = toy_run(tamiyo, tmp_path, env_kwargs=json.dumps({"lengths": [10**9]}), total_timesteps=64)
+    assert result["global_step"] == 64 and result["eval_return_mean"] is not None
 
 
 def test_transfer_takes_what_fits(tamiyo, tmp_path, capfd):
