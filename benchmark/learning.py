@@ -3,7 +3,6 @@
     python benchmark/learning.py cartpole        # 3 minutes
     python benchmark/learning.py bptt            # 3 minutes
     python benchmark/learning.py lander          # 8 minutes
-    python benchmark/learning.py lander_hidden   # 10 minutes; installs sb3-contrib into benchmark/.venv-sb3 first
     python benchmark/learning.py flycraft        # 10 minutes; needs requirements-envs.txt
     python benchmark/learning.py kuhn            # 4 minutes
     python benchmark/learning.py leduc           # 25 minutes
@@ -31,12 +30,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from throughput import sb3_python
 
 HERE = Path(__file__).parent
 CARTPOLE = "ppo_lstm_predictor.py --env-id CartPole-v1 --visible 0 2 --total-timesteps 100000 --eval-episodes 100"
 LANDER = "ppo_lstm_predictor.py --horizon 200 --total-timesteps 1000000 --eval-episodes 100 --checkpoint-every 0"
-HIDDEN = "--env-id LunarLander-v3 --visible 0 1 4 6 7 --total-timesteps 300000 --eval-episodes 100"
 FLYCRAFT = "ppo_lstm_predictor.py --env-id environments.flycraft:FlyCraftEasy-v0 --vectorization async"
 SELFPLAY = "sequence_ppo_selfplay.py --eval-episodes 1000 --elo-games 0"
 KUHN = "--total-timesteps 1500000 --ref-kl-coef 0.5 --ref-rate 0.05 --ent-coef-final 0.005"
@@ -67,15 +64,6 @@ TASKS = {  # task: (seeds, title, {label: command}), and what is plotted if not 
         },
     ),
     "lander": (range(1, 4), "LunarLander-v3", {"PPO-LSTM with predictor, horizon 200": LANDER}),
-    "lander_hidden": (
-        range(1, 4),
-        "LunarLander-v3 without velocities",
-        {
-            "PPO-LSTM": f"ppo_lstm_predictor.py {HIDDEN} --no-predictor",
-            "without memory (--no-recurrent)": f"ppo_lstm_predictor.py {HIDDEN} --no-predictor --no-recurrent",
-            "sb3-contrib RecurrentPPO": f"benchmark/sb3_recurrent_ppo.py {HIDDEN} --normalize",
-        },
-    ),
     "flycraft": (range(1, 2), "FlyCraftEasy-v0", {"PPO-LSTM": f"{FLYCRAFT} --total-timesteps 300000"}),
     "kuhn": (
         range(1, 4),
@@ -140,20 +128,16 @@ def finish(call: list[str], folder: str) -> tuple[str, dict[str, float]]:
 
 def run(label: str, command: str, seed: int, tags: list[str], keep: str | None) -> tuple[list[dict], dict]:
     """The learning curve and the closing summary of one run."""
-    python = sb3_python() if "sb3" in command else sys.executable
     with tempfile.TemporaryDirectory() as runs_dir:
-        extra = [] if "sb3" in command else ["--runs-dir", keep or runs_dir]
-        output, cost = finish([python, *command.split(), "--seed", str(seed), *extra], runs_dir)
+        call = [sys.executable, *command.split(), "--seed", str(seed), "--runs-dir", keep or runs_dir]
+        output, cost = finish(call, runs_dir)
         final = json.loads(output.splitlines()[-1])
-        curves = {RETURN: final.pop("curve", [])}
-        if "run_dir" in final:
-            events = EventAccumulator(final.pop("run_dir"), size_guidance={"scalars": 0}).Reload()
-            curves = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+        events = EventAccumulator(final.pop("run_dir"), size_guidance={"scalars": 0}).Reload()
+        curves = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
     rows = defaultdict(dict)
     for tag, points in curves.items():
         for step, value in points:
-            if value is not None:
-                rows[step] |= {"label": label, "seed": seed, "global_step": step, tag.split("/")[1]: value}
+            rows[step] |= {"label": label, "seed": seed, "global_step": step, tag.split("/")[1]: value}
     print(f"{label}, seed {seed}: {final.get('exploitability', final['eval_return_mean']):.3f}", file=sys.stderr)
     return list(rows.values()), {
         "label": label,

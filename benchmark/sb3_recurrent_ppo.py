@@ -1,7 +1,12 @@
-"""sb3-contrib's RecurrentPPO on a task with hidden entries, with the network and settings of ppo_lstm_predictor.py. It
-runs in the environment of requirements-sb3.txt and prints one JSON object.
+"""sb3-contrib's RecurrentPPO on any environment; prints one JSON object. It runs in the environment of
+requirements-rivals.txt, on one core.
 
     python benchmark/sb3_recurrent_ppo.py --total-timesteps 20480
+    python benchmark/sb3_recurrent_ppo.py --defaults --env-id popgym:popgym-RepeatFirstEasy-v0 \\
+        --total-timesteps 100000 --eval-episodes 100
+
+Without `--defaults`: the network and settings of ppo_lstm_predictor.py. With it: sb3-contrib's own, but for the number
+of environments, about which it has no opinion.
 """
 
 import argparse
@@ -11,7 +16,8 @@ import time
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.wrappers import TransformObservation
+from gymnasium.spaces import Box, flatdim, flatten
+from gymnasium.wrappers import FlattenObservation, TransformObservation
 from sb3_contrib import RecurrentPPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -19,16 +25,24 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-parser = argparse.ArgumentParser()
-parser.add_argument("--env-id", default="CartPole-v1")
-parser.add_argument("--visible", type=int, nargs="+", default=[0, 2])
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--env-id", help="also module:id; default: CartPole-v1 with --visible 0 2")
+parser.add_argument("--env-kwargs", type=json.loads, default={}, help="of gymnasium.make, as JSON")
+parser.add_argument("--visible", type=int, nargs="+", help="entries of the flattened observation; default: all")
 parser.add_argument("--total-timesteps", type=int, required=True)
-parser.add_argument("--learning-rate", type=float, default=3e-3)
-parser.add_argument("--gamma", type=float, default=0.995)
-parser.add_argument("--seed", type=int, default=1)
+parser.add_argument("--defaults", action="store_true", help="sb3-contrib's network and settings")
+parser.add_argument("--num-envs", type=int, default=16)
+parser.add_argument("--learning-rate", type=float, default=3e-3, help="without --defaults")
+parser.add_argument("--gamma", type=float, default=0.995, help="without --defaults")
+parser.add_argument("--gae-lambda", type=float, default=0.95)
+parser.add_argument("--previous-action", action="store_true", help="add the action before to each observation")
 parser.add_argument("--normalize", action="store_true", help="running normalisation of observations and rewards")
-parser.add_argument("--eval-episodes", type=int, default=0)
+parser.add_argument("--one-call", action="store_true", help="of the LSTM for whole sequences; same results, sooner")
+parser.add_argument("--seed", type=int, default=1)
+parser.add_argument("--eval-episodes", type=int, default=0, help="with likeliest, and as many with sampled actions")
 args = parser.parse_args()
+if args.env_id is None:
+    args.env_id, args.visible = "CartPole-v1", args.visible or [0, 2]
 
 
 class Encoder(BaseFeaturesExtractor):
@@ -40,64 +54,102 @@ class Encoder(BaseFeaturesExtractor):
         return self.layer(obs)
 
 
+def one_call(features: torch.Tensor, state: tuple, episode_starts: torch.Tensor, lstm: torch.nn.LSTM) -> tuple:
+    """What the policy's _process_sequence computes in one call of the LSTM for each step, computed in one for all: its
+    sequences begin where episodes begin, so only the state before a first step may have to be zeroed."""
+    starts = episode_starts.reshape(state[0].shape[1], -1)  # [sequences, steps]
+    assert not starts[:, 1:].any()
+    state = tuple(x * (1 - starts[:, :1]) for x in state)
+    out, state = lstm(features.reshape(*starts.shape, lstm.input_size).swapaxes(0, 1), state)
+    return out.swapaxes(0, 1).flatten(0, 1), state
+
+
+class PreviousAction(gym.Wrapper):
+    """Flat observations, then the flat action before them (one-hot if discrete; zeros at an episode's start)."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.none = np.zeros(flatdim(env.action_space), np.float32)
+        bounds = ((env.observation_space.low, self.none - np.inf), (env.observation_space.high, self.none + np.inf))
+        self.observation_space = Box(*map(np.concatenate, bounds), dtype=np.float32)
+
+    def reset(self, **how):
+        obs, info = self.env.reset(**how)
+        return np.concatenate((obs, self.none)), info
+
+    def step(self, action):
+        obs, *rest = self.env.step(action)
+        return np.concatenate((obs, np.float32(flatten(self.action_space, action)))), *rest
+
+
 class Curve(BaseCallback):
-    """Time at the start of each rollout, and the mean return of the last 100 episodes at its end."""
+    """Time at the start of each rollout, and the mean return of the episodes that end in it, if there are any."""
 
     def _on_training_start(self):
         self.times, self.curve = [], []
 
     def _on_rollout_start(self):
         self.times.append(time.perf_counter())
-
-    def _on_rollout_end(self):
-        episodes = [episode["r"] for episode in self.model.ep_info_buffer]
-        self.curve.append((self.num_timesteps, float(np.mean(episodes)) if episodes else None))
+        self.returns = []
 
     def _on_step(self) -> bool:
+        self.returns += [info["episode"]["r"] for info in self.locals["infos"] if "episode" in info]
         return True
+
+    def _on_rollout_end(self):
+        if self.returns:
+            self.curve.append((self.num_timesteps, float(np.mean(self.returns))))
 
 
 def make_env() -> gym.Env:
-    env = gym.make(args.env_id)
-    low, high = env.observation_space.low[args.visible], env.observation_space.high[args.visible]
-    visible = gym.spaces.Box(low, high, dtype=np.float32)
-    return Monitor(TransformObservation(env, lambda obs: obs[args.visible], visible))
+    env = FlattenObservation(gym.make(args.env_id, **args.env_kwargs))
+    seen, space = args.visible or slice(None), env.observation_space
+    visible = Box(np.float32(space.low[seen]), np.float32(space.high[seen]), dtype=np.float32)
+    env = TransformObservation(env, lambda obs: np.float32(obs[seen]), visible)
+    return Monitor(PreviousAction(env) if args.previous_action else env)
+
+
+def evaluate(model: RecurrentPPO, deterministic: bool) -> list[float]:
+    """Returns of episodes on seeds that are not trained on, as many of each environment."""
+    envs = DummyVecEnv([make_env] * min(16, args.eval_episodes))
+    envs.seed(args.seed + 1_000_000_000)
+    if args.normalize:
+        envs = VecNormalize(envs, training=False, norm_reward=False)
+        envs.obs_rms = model.get_env().obs_rms
+    return evaluate_policy(model, envs, args.eval_episodes, deterministic, return_episode_rewards=True)[0]
 
 
 torch.set_num_threads(1)
-envs = DummyVecEnv([make_env] * 16)
+envs = DummyVecEnv([make_env] * args.num_envs)
 if args.normalize:
     envs = VecNormalize(envs, gamma=args.gamma)
-model = RecurrentPPO(
-    "MlpLstmPolicy",
-    envs,
-    learning_rate=lambda remaining: args.learning_rate * remaining,
-    n_steps=128,
-    batch_size=512,
-    n_epochs=4,
-    gamma=args.gamma,
-    gae_lambda=0.95,
-    ent_coef=0.0,
-    policy_kwargs={
+OURS = {
+    "learning_rate": lambda remaining: args.learning_rate * remaining,
+    "batch_size": 512,
+    "n_epochs": 4,
+    "gamma": args.gamma,
+    "policy_kwargs": {
         "features_extractor_class": Encoder,
         "lstm_hidden_size": 128,
         "shared_lstm": True,
         "enable_critic_lstm": False,
         "net_arch": [],
     },
-    seed=args.seed,
-    device="cpu",
-)
+}
+settings = {"gae_lambda": args.gae_lambda, "seed": args.seed, "device": "cpu"} | ({} if args.defaults else OURS)
+model = RecurrentPPO("MlpLstmPolicy", envs, **settings)
+if args.one_call:
+    model.policy._process_sequence = one_call
 callback = Curve()
 model.learn(args.total_timesteps, callback=callback)
-times = callback.times
-result = {"sps": 2048 * (len(times) - 2) / (times[-1] - times[1]), "curve": callback.curve}
+times = [*callback.times, time.perf_counter()]
+first = 1 if len(times) > 2 else 0  # the first rollout and its update count as a warm-up
+sps = model.n_steps * args.num_envs * (len(times) - 1 - first) / (times[-1] - times[first])
+result = {"global_step": model.num_timesteps, "sps": sps, "curve": callback.curve}
+if model.ep_info_buffer:
+    result["train_return_mean"] = float(np.mean([episode["r"] for episode in model.ep_info_buffer]))
 if args.eval_episodes:
-    eval_envs = DummyVecEnv([make_env] * 16)
-    eval_envs.seed(args.seed + 1_000_000)
-    if args.normalize:
-        eval_envs = VecNormalize(eval_envs, training=False, norm_reward=False)
-        eval_envs.obs_rms = envs.obs_rms
-    returns, _ = evaluate_policy(model, eval_envs, args.eval_episodes, return_episode_rewards=True)
-    result |= {"eval_return_mean": float(np.mean(returns)), "eval_return_std": float(np.std(returns))}
+    likeliest, sampled = evaluate(model, True), evaluate(model, False)
+    result |= {"eval_return_mean": float(np.mean(likeliest)), "eval_return_std": float(np.std(likeliest))}
+    result |= {"eval_return_sampled": float(np.mean(sampled)), "eval_episodes": args.eval_episodes}
 print(json.dumps(result))

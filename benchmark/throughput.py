@@ -4,7 +4,7 @@ one bare nn.LSTM forward and backward a minibatch. Then the predictor's cost on 
 
     python benchmark/throughput.py            # about 10 minutes, needs a machine that does nothing else
 
-The first run installs sb3-contrib into benchmark/.venv-sb3 from requirements-sb3.txt. Results: throughput.csv and
+The first run installs sb3-contrib into benchmark/.venv-sb3 from requirements-rivals.txt. Results: throughput.csv and
 predictor_cost.csv in benchmark/results/.
 """
 
@@ -28,77 +28,41 @@ TASK = {"env_id": "CartPole-v1", "visible": (0, 2), "num_envs": 16, "num_steps":
 BATCH = 16 * 128
 
 
-def measure_script(updates: int, **changes) -> dict:
+def measure_script(updates: int, agent_class: str = "Agent", **changes) -> dict:
     """Steps per second of `train` between the start of its third rollout and that of its last."""
+    from matplotlib.figure import Figure
+
     import ppo_lstm_predictor as script
 
+    class LoopAgent(script.Agent):
+        """The same with nn.LSTM called once a step, in the rollout and in the update."""
+
+        def one_step(self, encoded, state):
+            features, state = self.lstm(encoded[None], tuple(state.transpose(0, 1).contiguous().unsqueeze(1)))
+            return features[0], torch.stack(state).squeeze(1).transpose(0, 1)
+
+        def step(self, obs, state, action_mask=None):
+            encoded = self.encoder(self.normalize_obs(obs)[..., self.seen]).tanh()
+            features, state = self.one_step(encoded, state)
+            return *self.heads(encoded, features, action_mask), state
+
+        def unroll(self, obs, state, flush, action_mask):
+            features, encoded = [], self.encoder(self.normalize_obs(obs)[..., self.seen]).tanh()
+            for t in range(len(encoded)):
+                y, state = self.one_step(encoded[t], state)
+                state = state * ~flush[t, :, None, None]
+                features.append(y)
+            return self.heads(encoded, torch.stack(features), action_mask)
+
     times, collect = [], script.collect
+    script.Agent = {"Agent": script.Agent, "LoopAgent": LoopAgent}[agent_class]
     script.collect = lambda *args: times.append(time.perf_counter()) or collect(*args)
-    script.assess = lambda *args: {
-        "eval/episodic_return": 0,
-        "eval/episodic_return_std": 0,
-        "eval/return_memoryless": 0,
-    }
-    args = script.Args(total_timesteps=BATCH * updates, eval_episodes=1, **changes)
+    script.assess = lambda *args: ({"eval/episodic_return": 0.0}, Figure())
+    args = script.Args(total_timesteps=BATCH * updates, eval_episodes=1, checkpoint_every=0, **changes)
     with tempfile.TemporaryDirectory() as args.runs_dir:
         script.train(args)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"sps": BATCH * (len(times) - 3) / (times[-1] - times[2]), "peak_mb": peak}
-
-
-def measure_loop(updates: int) -> dict:
-    """The same algorithm with nn.LSTM called once a step, in the rollout and in the update over whole environments."""
-    import ppo_lstm_predictor as script
-
-    class LoopAgent(script.Agent):
-        def step(self, obs, state, action_mask=None):
-            h, c = state.permute(1, 2, 0, 3).contiguous()
-            features, (h, c) = self.lstm(self.encode(obs)[None], (h, c))
-            return features[0], *self.heads(features[0], action_mask), torch.stack((h, c)).permute(2, 0, 1, 3)
-
-        def unroll(
-            self, obs, state, flush=None, action_mask=None
-        ):  # obs [T, N, D + 1], the last entry marks episode starts
-            features, x = [], self.encode(obs[..., :-1])
-            h, c = state.permute(1, 2, 0, 3).contiguous()
-            for t in range(len(x)):
-                going_on = 1 - obs[t, :, -1, None]
-                y, (h, c) = self.lstm(x[t : t + 1], (going_on * h, going_on * c))
-                features.append(y[0])
-            features = torch.stack(features)
-            return features, *self.heads(features, action_mask)
-
-    class WholeEnvironments:
-        """A rollout whose observations carry the episode starts, so that a segment may span episodes."""
-
-        def __init__(self, rollout):
-            self.__dict__ = dict(vars(rollout))
-            self.obs = torch.cat((rollout.obs, rollout.start[..., None].float()), -1)
-
-    args = script.Args(**TASK)
-    torch.manual_seed(1)
-    envs = script.make_envs(args, args.num_envs)
-    space, generator = envs.single_action_space, torch.Generator().manual_seed(1)
-    agent = LoopAgent(4, space, args)
-    optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
-    carry, times = script.reset(envs, agent, 1), []
-    for _ in range(updates):
-        times.append(time.perf_counter())
-        rollout = script.Rollout(args, agent, 4, space, False, torch.device("cpu"))
-        script.collect(envs, agent, rollout, carry, generator)
-        ends = rollout.terminated, rollout.truncated
-        after = script.next_values(agent, rollout, carry)
-        rollout.advantages, rollout.returns = script.gae(rollout.reward, rollout.value, after, *ends, 0.99, 0.95)
-        segments = script.cut_segments(torch.zeros_like(rollout.start), 0)  # one for each environment
-        for _ in range(args.update_epochs):
-            for batch in script.minibatches(segments, args.num_minibatches, args.num_envs, generator):
-                loss, _ = script.ppo_loss(agent, WholeEnvironments(rollout), batch, space, args, BATCH / 4)
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                optimizer.step()
-        agent.update_statistics(rollout.obs.flatten(0, 1), rollout.returns.flatten())
-    return {"sps": BATCH * (updates - 3) / (times[-1] - times[2])}
 
 
 def measure_floor(updates: int) -> dict:
@@ -121,7 +85,7 @@ def measure_floor(updates: int) -> dict:
 
 SUBJECTS = {
     "script": lambda: measure_script(13, predictor=False, **TASK),
-    "loop": lambda: measure_loop(6),
+    "loop": lambda: measure_script(6, "LoopAgent", predictor=False, **TASK),
     "floor": lambda: measure_floor(10),
     "predictor off": lambda: measure_script(13, predictor=False),
     "predictor H=5": lambda: measure_script(13, horizon=5),
@@ -134,7 +98,7 @@ def sb3_python() -> Path:
     python = HERE / ".venv-sb3" / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", HERE / ".venv-sb3"], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", "-r", HERE / "requirements-sb3.txt"], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", "-r", HERE / "requirements-rivals.txt"], check=True)
     return python
 
 

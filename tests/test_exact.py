@@ -1,11 +1,15 @@
 """The maths of the script against slow references that are obvious. Numbers are the details of docs/."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Discrete, MultiDiscrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
+from gymnasium.vector import SyncVectorEnv
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.distributions import Categorical, Normal
 from toys import gradients
 
@@ -15,56 +19,71 @@ MIXED = {"lengths": (3, 1, 7, 40, 2), "ends": ("terminated", "truncated", "both"
 def play(script, num_steps=24, num_rollouts=2, seed=1, dtype=torch.float32, env=MIXED, **changes):
     """A few rollouts of an untrained agent on the toy, and what belongs to them."""
     defaults = {"num_envs": 3, "num_steps": num_steps, "lstm_hidden": 8, "horizon": 30, "seed": seed}
+    defaults |= {"num_minibatches": 1, "ent_coef": 0.01}
     args = script.Args(env_id="toys:Toy-v0", env_kwargs=json.dumps(env), **defaults | changes)
     torch.manual_seed(seed)
     envs = script.make_envs(args, args.num_envs)
-    space = envs.single_action_space
-    agent = script.Agent(4, space, args)
-    torch.nn.init.normal_(agent.actor.weight)  # so that the policy depends on the features
-    agent.obs_stats.update(torch.randn(50, 4) * 3 + 1)
+    agent = script.Agent(envs.single_observation_space, envs.single_action_space, args)
+    torch.nn.init.normal_(agent.actor.weight, std=1 / 3)  # so that the policy depends on the features
+    agent.obs_stats.update(torch.randn(50, len(agent.obs_stats.mean)) * 3 + 1)
     agent.return_stats.update(torch.randn(50) * 5 + 2)
-    carry, generator, rollouts = script.reset(envs, agent, seed), torch.Generator().manual_seed(seed), []
-    for _ in range(num_rollouts):
-        rollout = script.Rollout(args, agent, 4, space, carry.action_mask is not None, torch.device("cpu"))
-        script.collect(envs, agent, rollout, carry, generator)
-        rollout.advantages, rollout.returns = torch.randn(2, *rollout.reward.shape)
-        rollouts.append(rollout)
+    player = script.play(envs, agent, seed)
+    rollouts = [script.collect(player, num_steps)[0] for _ in range(num_rollouts)]
     agent.to(dtype)
-    for rollout in rollouts:
-        for name, x in vars(rollout).items():
-            setattr(rollout, name, x.to(dtype) if x is not None and x.is_floating_point() else x)
-    return args, agent, space, rollouts, carry
+    return args, agent, [cast(rollout, dtype) for rollout in rollouts]
 
 
-def reference_loss(agent, rollout, space, args):
+def cast(rollout, dtype):
+    return type(rollout)(*(x.to(dtype) if x.is_floating_point() else x for x in rollout))
+
+
+def flat(rollout):
+    return type(rollout)(*(x.flatten(0, 1) for x in rollout))
+
+
+def distributions(params, action, space):
+    """The policy's distributions of one step, side by side, and what each of them gave."""
+    if isinstance(space, Box):
+        mean, log_std = params.chunk(2)
+        return [Normal(mean, log_std.exp())], [action]
+    sizes = [int(space.n)] if isinstance(space, Discrete) else space.nvec.tolist()
+    return [Categorical(logits=logits) for logits in params.split(sizes)], action
+
+
+def reference_loss(agent, rollout, advantages, returns, args):
     """PPO's loss of a whole rollout, a step of an environment at a time, with one LSTM cell and torch.distributions."""
     num_steps, num_envs = rollout.reward.shape
     total = 0
     for n in range(num_envs):
         for t in range(num_steps):
-            if t == 0 or rollout.start[t, n]:
-                state, age = rollout.state[t, n][None], 0
-            elif args.bptt_length and age % args.bptt_length == 0:
+            if t == 0 or rollout.start[t, n] or not args.recurrent or (args.bptt_length and t % args.bptt_length == 0):
                 state = rollout.state[t, n][None]
-            age += 1
-            mask = None if rollout.action_mask is None else rollout.action_mask[t, n][None]
-            *_, params, value, state = agent.step(rollout.obs[t, n][None], state, mask)
-            action = rollout.action[t, n].reshape(-1)
-            if isinstance(space, Box):
-                mean, log_std = params[0].chunk(2)
-                parts, choices = [Normal(mean, log_std.exp())], [action]
-            else:
-                sizes = [space.n] if isinstance(space, Discrete) else space.nvec.tolist()
-                parts, choices = [Categorical(logits=logits) for logits in params[0].split(sizes)], action
+            params, value, state = agent.step(rollout.obs[t, n][None], state, rollout.action_mask[t, n][None])
+            parts, choices = distributions(params[0], rollout.action[t, n], agent.action_space)
             logprob = sum(part.log_prob(choice).sum() for part, choice in zip(parts, choices, strict=True))
             entropy = sum(part.entropy().sum() for part in parts)
-            ratio = (logprob - rollout.logprob[t, n]).exp()
-            advantage = rollout.advantages[t, n]
+            parts, choices = distributions(rollout.params[t, n], rollout.action[t, n], agent.action_space)
+            ratio = (logprob - sum(part.log_prob(x).sum() for part, x in zip(parts, choices, strict=True))).exp()
+            advantage = advantages[t, n]
             clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-            target = (rollout.returns[t, n] - agent.return_stats.mean) / agent.return_stats.std
+            target = (returns[t, n] - agent.return_stats.mean) / agent.return_stats.std
             total += -torch.min(ratio * advantage, clipped * advantage)
             total += args.vf_coef * 0.5 * (value[0] - target) ** 2 - args.ent_coef * entropy
     return total / (num_steps * num_envs)
+
+
+def targets(rollout):
+    """Advantages and returns [T, N] at random."""
+    return torch.randn(2, *rollout.reward.shape, dtype=rollout.reward.dtype)
+
+
+def columns_of(script, rollout, args):
+    return script.cut_segments(rollout.start, args.bptt_length if args.recurrent else 1)
+
+
+def loss_of(script, agent, rollout, advantages, returns, args, index=None):
+    index = columns_of(script, rollout, args) if index is None else index
+    return script.ppo_loss(agent, flat(rollout), advantages.flatten(), returns.flatten(), index, args)
 
 
 def disturb(agent):
@@ -74,20 +93,12 @@ def disturb(agent):
             weight += 0.1 * torch.randn_like(weight)
 
 
-def all_rows(script, rollout, bptt_length):
-    return script.lay_rows(script.cut_segments(rollout.start, bptt_length), rollout.start.shape[1])
-
-
-def rows_loss(script, agent, rollout, space, args, rows=None):
-    rows = rows or all_rows(script, rollout, args.bptt_length)
-    return script.ppo_loss(agent, rollout, rows, space, args, rollout.reward.numel())[0]
-
-
-def assert_is_the_loop(script, agent, rollout, space, args):
+def assert_is_the_loop(script, args, agent, rollout):
     disturb(agent)
-    expected = reference_loss(agent, rollout, space, args)
+    advantages, returns = targets(rollout)
+    expected = reference_loss(agent, rollout, advantages, returns, args)
     expected_gradient = gradients(expected, agent)
-    loss = rows_loss(script, agent, rollout, space, args)
+    loss, _ = loss_of(script, agent, rollout, advantages, returns, args)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-9)
     torch.testing.assert_close(gradients(loss, agent), expected_gradient, atol=1e-9, rtol=0)
 
@@ -97,142 +108,132 @@ def assert_is_the_loop(script, agent, rollout, space, args):
 def test_01_segments_are_the_step_by_step_loop(script, lengths, bptt_length):
     for seed in range(3):
         env = {"lengths": lengths, "ends": ("truncated", "terminated")}
-        args, agent, space, (_, rollout), _ = play(
-            script, seed=seed, dtype=torch.float64, env=env, bptt_length=bptt_length
-        )
-        assert_is_the_loop(script, agent, rollout, space, args)
+        args, agent, (_, rollout) = play(script, seed=seed, dtype=torch.float64, env=env, bptt_length=bptt_length)
+        assert_is_the_loop(script, args, agent, rollout)
 
 
 @pytest.mark.parametrize("action", ["discrete", "multidiscrete", "box"])
-@pytest.mark.parametrize("changes", [{}, {"lstm_layers": 2}, {"recurrent": False}, {"visible": (2, 1)}])
+@pytest.mark.parametrize("changes", [{}, {"recurrent": False}, {"visible": (2, 1)}])
 def test_01_for_every_action_space_and_network(script, action, changes):
     env = MIXED | {"action": action, "masked": action != "box"}
-    args, agent, space, (_, rollout), _ = play(script, dtype=torch.float64, env=env, bptt_length=4, **changes)
-    assert_is_the_loop(script, agent, rollout, space, args)
+    args, agent, (_, rollout) = play(script, dtype=torch.float64, env=env, bptt_length=4, **changes)
+    assert_is_the_loop(script, args, agent, rollout)
 
 
 def test_02_float32_gradient(script):
-    args, agent, space, (_, rollout), _ = play(script, num_steps=64)
+    args, agent, (_, rollout) = play(script, num_steps=64)
     disturb(agent)
-    expected = gradients(reference_loss(agent, rollout, space, args), agent)
-    gradient = gradients(rows_loss(script, agent, rollout, space, args), agent)
+    advantages, returns = targets(rollout)
+    expected = gradients(reference_loss(agent, rollout, advantages, returns, args), agent)
+    gradient = gradients(loss_of(script, agent, rollout, advantages, returns, args)[0], agent)
     assert (gradient - expected).norm() / expected.norm() < 1e-5
 
 
 @pytest.mark.parametrize("lengths", [(100,), (7, 10)])
 def test_01_gradient_reaches_back_exactly_as_far_as_it_should(script, lengths):
     """The value of a step depends on an earlier observation if and only if both are in the same segment."""
-    _, agent, _, (rollout, _), _ = play(script, dtype=torch.float64, env={"lengths": lengths})
+    _, agent, (rollout, _) = play(script, dtype=torch.float64, env={"lengths": lengths})
     for bptt_length in (0, 5):
-        rows = all_rows(script, rollout, bptt_length)
+        index = script.cut_segments(rollout.start, bptt_length)
         obs = rollout.obs.clone().requires_grad_()
-        states = rollout.state.flatten(0, 1)[rows.index[0]]
-        values = agent.unroll(obs.flatten(0, 1)[rows.index], states, rows.flush)[2]
-        last = values[rows.mask & (rows.index == 23 * 3)]  # V at t = 23 of environment 0
+        states, masks = (x.flatten(0, 1)[i] for x, i in ((rollout.state, index[0]), (rollout.action_mask, index)))
+        _, values = agent.unroll(obs.flatten(0, 1)[index], states, index < 0, masks)
+        last = values[index == 23 * 3]  # V at t = 23 of environment 0
         reach = torch.autograd.grad(last.sum(), obs)[0][:, 0].abs().sum(-1) > 0
-        episode_start = 0 if lengths == (100,) else 17
-        begin = episode_start + (23 - episode_start) // bptt_length * bptt_length if bptt_length else episode_start
+        begin = max(0 if lengths == (100,) else 17, 20 if bptt_length else 0)
         assert reach.tolist() == [begin <= t <= 23 for t in range(24)]
 
 
-@pytest.mark.parametrize("bptt_length", [0, 1, 7])
-def test_01_rows_hold_each_step_of_the_rollout_once(script, bptt_length):
-    for seed in range(30):
-        start = torch.rand(17, 3, generator=torch.Generator().manual_seed(seed)) < 0.2
-        segments = script.cut_segments(start, bptt_length)
-        rows = script.lay_rows(segments, 3)
-        assert sorted(rows.index[rows.mask].tolist()) == list(range(17 * 3))
-        assert not (rows.mask & rows.flush).any() and rows.mask[0].all()
-        assert len(rows.index) == segments.length.max() <= (bptt_length or 17)
-        for index, mask, flush in zip(rows.index.T, rows.mask.T, rows.flush.T, strict=True):
-            for i in range(1, len(index)):
-                if mask[i] and mask[i - 1]:  # the same segment goes on
-                    assert index[i] == index[i - 1] + 3 and not start.flatten()[index[i]]
-                elif mask[i]:  # a new segment, whose first state is zero
-                    assert flush[i - 1] and mask[i - 2] and start.flatten()[index[i]]
-        dealt = list(script.minibatches(segments, 3, 3, torch.Generator().manual_seed(seed)))
-        assert sorted(torch.cat([part.index[part.mask] for part in dealt]).tolist()) == list(range(17 * 3))
+@settings(deadline=None)
+@given(num_steps=st.integers(1, 20), num_envs=st.integers(1, 4), bptt_length=st.integers(0, 25), data=st.data())
+def test_01_columns_hold_each_step_once_and_in_order(script, num_steps, num_envs, bptt_length, data):
+    starts = st.lists(st.booleans(), min_size=num_steps * num_envs, max_size=num_steps * num_envs)
+    start = torch.tensor(data.draw(starts)).reshape(num_steps, num_envs)
+    index = script.cut_segments(start, bptt_length)
+    assert sorted(index[index >= 0].tolist()) == list(range(num_steps * num_envs))
+    for column in index.T.tolist():
+        assert column[0] >= 0 and column[0] // num_envs % (bptt_length or num_steps) == 0
+        real = [i for i in column if i >= 0]
+        assert real == list(range(real[0], real[-1] + 1, num_envs))  # one environment, nothing left out
+        assert len(real) <= (bptt_length or num_steps)
+        for above, i in pairwise(column):
+            if i >= 0:  # a flush before each episode's start, and nowhere else
+                assert (above < 0) == bool(start.flatten()[i])
 
 
-def test_02_a_flush_step_leaves_exact_zeros_and_no_gradient(script):
-    _, agent, _, _, _ = play(script, num_rollouts=0, lstm_layers=2)
+def test_02_a_flush_step_leaves_the_initial_state_and_passes_no_gradient(script):
+    _, agent, _ = play(script, num_rollouts=0)
     for dtype in (torch.float32, torch.float64):
         agent.to(dtype)
-        obs = (100 * torch.randn(9, 5, 4)).to(dtype).requires_grad_()
-        state = torch.randn(5, 2, 2, 8, dtype=dtype)
-        flush = torch.zeros(9, 5, dtype=torch.bool)
+        obs = (100 * torch.randn(9, 5, 7)).to(dtype).requires_grad_()
+        state, flush, mask = agent.initial_state(5).to(dtype), torch.zeros(9, 5, dtype=torch.bool), torch.ones(9, 5, 3)
         flush[4] = True
-        features, _, values = agent.unroll(obs, state, flush)
-        assert (features[4] == 0).all()
-        fresh = agent.unroll(obs[5:], torch.zeros_like(state))[2]
+        values = agent.unroll(obs, torch.randn_like(state), flush, mask.bool())[1]
+        fresh = agent.unroll(obs[5:], state, flush[5:], mask.bool()[5:])[1]
         torch.testing.assert_close(values[5:], fresh, atol=1e-6, rtol=0)
         reach = torch.autograd.grad(values[5:].sum(), obs)[0]
         assert (reach[:5] == 0).all() and (reach[5:] != 0).any()
 
 
 def test_03_padding_has_no_influence(script):
-    args, agent, space, (rollout, _), _ = play(script, dtype=torch.float64)
+    """Padding looks at the rollout's last step, which is poisoned and no real step of this minibatch."""
+    args, agent, (rollout, _) = play(script, dtype=torch.float64, bptt_length=8)
     disturb(agent)
-    segments = script.cut_segments(rollout.start, 0)
-    rows = script.lay_rows(script.Segments(*(x[1:] for x in segments)), 3)
-    expected = gradients(rows_loss(script, agent, rollout, space, args, rows), agent)
-    poison = int(segments.t[0] * 3 + segments.n[0])  # a step that no real step of the batch uses
-    for name in ("obs", "logprob", "value", "advantages", "returns"):
-        getattr(rollout, name).flatten(0, 1)[poison] = 1e9
-    more = torch.zeros(5, rows.index.shape[1], dtype=torch.bool)
-    index = torch.where(torch.cat((rows.mask, more)), torch.cat((rows.index, 0 * more)), poison)
-    poisoned = script.Rows(index, torch.cat((rows.mask, more)), torch.cat((rows.flush, more)))
-    gradient = gradients(rows_loss(script, agent, rollout, space, args, poisoned), agent)
+    advantages, returns = targets(rollout)
+    index = columns_of(script, rollout, args)[:, :-1]
+    expected = gradients(loss_of(script, agent, rollout, advantages, returns, args, index)[0], agent)
+    for x in (rollout.obs, rollout.state, rollout.params, rollout.value, advantages, returns):
+        x[-1, -1] = 1e9
+    more = torch.cat((index, torch.full((5, index.shape[1]), -1)))
+    assert (index < 0).any()
+    gradient = gradients(loss_of(script, agent, rollout, advantages, returns, args, more)[0], agent)
     torch.testing.assert_close(gradient, expected, atol=1e-12, rtol=0)
 
 
 def test_03_every_step_weighs_the_same_in_any_minibatch(script):
-    args, agent, space, (_, rollout), _ = play(script, dtype=torch.float64)
+    args, agent, (_, rollout) = play(script, dtype=torch.float64, bptt_length=5)
     disturb(agent)
-    whole, whole_metrics = script.ppo_loss(agent, rollout, all_rows(script, rollout, 0), space, args, 72)
-    expected = gradients(whole, agent)
-    for num_minibatches in (1, 2, 3):
-        generator, size = torch.Generator().manual_seed(0), 72 / num_minibatches
-        segments = script.cut_segments(rollout.start, 0)
-        parts = [
-            script.ppo_loss(agent, rollout, rows, space, args, size)
-            for rows in script.minibatches(segments, num_minibatches, 3, generator)
-        ]
-        loss = sum(loss for loss, _ in parts) / num_minibatches
+    advantages, returns = targets(rollout)
+    whole, whole_metrics = loss_of(script, agent, rollout, advantages, returns, args)
+    expected, index = gradients(whole, agent), columns_of(script, rollout, args)
+    for args.num_minibatches in (1, 2, 3):
+        order = torch.randperm(index.shape[1]).tensor_split(args.num_minibatches)
+        parts = [loss_of(script, agent, rollout, advantages, returns, args, index[:, chosen]) for chosen in order]
+        loss = sum(loss for loss, _ in parts) / args.num_minibatches
         assert loss.item() == pytest.approx(whole.item(), abs=1e-12)
         torch.testing.assert_close(gradients(loss, agent), expected, atol=1e-12, rtol=0)
         for name in whole_metrics.keys() - {"ratio_error"}:
-            mean = sum(metrics[name] for _, metrics in parts) / num_minibatches
+            mean = sum(metrics[name] for _, metrics in parts) / args.num_minibatches
             torch.testing.assert_close(mean, whole_metrics[name])
 
 
 @pytest.mark.parametrize("env", [{}, {"action": "box"}, {"action": "multidiscrete", "masked": True}, {"masked": True}])
 @pytest.mark.parametrize("bptt_length", [0, 4])
 def test_04_first_ratio_is_one(script, env, bptt_length):
-    args, agent, space, rollouts, _ = play(script, env=MIXED | env, num_rollouts=3, bptt_length=bptt_length)
+    args, agent, rollouts = play(script, env=MIXED | env, num_rollouts=3, bptt_length=bptt_length)
     for rollout in rollouts:
-        segments = script.cut_segments(rollout.start, bptt_length)
-        for rows in script.minibatches(segments, 2, 3, torch.Generator()):
-            _, metrics = script.ppo_loss(agent, rollout, rows, space, args, 1.0)
+        index = columns_of(script, rollout, args)
+        for chosen in torch.arange(index.shape[1]).tensor_split(2):
+            _, metrics = loss_of(script, agent, rollout, *targets(rollout), args, index[:, chosen])
             assert metrics["ratio_error"] < 1e-5
 
 
-def test_05_truncation_bootstraps_with_the_right_state(script):
+@pytest.mark.parametrize("recurrent", [True, False])
+def test_05_truncation_bootstraps_with_the_right_state(script, recurrent):
     """V after every step, by playing each episode again from its first observation."""
-    _, agent, _, rollouts, carry = play(script, env=MIXED | {"lengths": (3, 7, 1)})
+    _, agent, rollouts = play(script, env=MIXED | {"lengths": (3, 7, 1)}, recurrent=recurrent)
     rollout = rollouts[1]
-    values = script.next_values(agent, rollout, carry)
+    values = script.next_values(agent, rollout)
     checked = 0
     for n in range(3):
         state = rollout.state[0, n][None]
         for t in range(24):
-            if rollout.start[t, n]:
+            if rollout.start[t, n] or not recurrent:
                 state = agent.initial_state(1)
             *_, state = agent.step(rollout.obs[t, n][None], state)
-            final = agent.step(rollout.next_obs[t, n][None], state)[2]
+            final = agent.step(rollout.next_obs[t, n][None], state if recurrent else agent.initial_state(1))[1]
             if not rollout.terminated[t, n]:
-                expected = agent.return_stats.mean + agent.return_stats.std * final
-                assert values[t, n].item() == pytest.approx(expected.item(), abs=1e-5)
+                assert values[t, n].item() == pytest.approx(final.item(), abs=1e-5)
                 checked += bool(rollout.truncated[t, n])
     assert checked > 3
 
@@ -245,70 +246,80 @@ def test_05_terminated_wins_over_truncated(script):
     assert gae(one, one, 100 * one, no, yes, 0.9, 0.9)[1].item() == 91
 
 
-def test_05_next_observations_are_the_true_ones(script):
-    """Within an episode the next row's, at its end the final one; never the next episode's first."""
-    _, _, _, rollouts, _ = play(script)
-    rollout = rollouts[0]
+@pytest.mark.parametrize("action", ["discrete", "multidiscrete", "box"])
+def test_05_next_observations_are_the_true_ones(script, action):
+    """Within an episode the next row's, at its end the final one, never the next episode's first; and with each the
+    action before it, zeros at a start."""
+    _, _, (rollout, _) = play(script, env=MIXED | {"action": action})
+    done = rollout.terminated | rollout.truncated
     for t in range(24):
         for n in range(3):
             assert rollout.next_obs[t, n, 0] == rollout.obs[t, n, 0] + 1  # the toy counts its steps
-            assert rollout.next_obs[t, n, 1] >= rollout.obs[t, n, 2]  # … and remembers its noise
+            taken = rollout.action[t, n].numpy()
+            if action != "box":
+                sizes = [3] if action == "discrete" else [2, 4]
+                taken = np.concatenate([np.eye(size)[choice] for size, choice in zip(sizes, taken, strict=True)])
+            np.testing.assert_allclose(rollout.next_obs[t, n, 4:], taken, rtol=1e-6)
             if t < 23:
-                assert (rollout.start[t + 1, n] == rollout.done[t, n]).all()
-                assert (rollout.obs[t + 1, n, 0] == 0) == rollout.done[t, n]
+                assert rollout.start[t + 1, n] == done[t, n]
+                if done[t, n]:
+                    assert rollout.obs[t + 1, n, 0] == 0 and (rollout.obs[t + 1, n, 4:] == 0).all()
+                else:
+                    assert torch.equal(rollout.obs[t + 1, n], rollout.next_obs[t, n])
 
 
 def test_06_states_are_those_of_a_step_by_step_replay(script):
-    _, agent, _, rollouts, _ = play(script, num_rollouts=3)
-    state = agent.initial_state(3)
+    _, agent, rollouts = play(script, num_rollouts=3)
+    fresh = agent.initial_state(3)
+    state = fresh
     for rollout in rollouts:
         for t in range(24):
-            state = torch.where(rollout.start[t][:, None, None, None], 0, state)
+            state = torch.where(rollout.start[t][:, None, None], fresh, state)
             torch.testing.assert_close(rollout.state[t], state, atol=1e-6, rtol=0)
             *_, state = agent.step(rollout.obs[t], state)
     assert rollouts[2].start.any() and not rollouts[1].start.any()
 
 
 def test_06_evaluation_is_a_plain_loop_over_single_environments(script):
-    args, agent, space, _, _ = play(script, num_rollouts=0)
+    args, agent, _ = play(script, num_rollouts=0)
     args.eval_episodes, args.num_envs = 7, 3
-    evaluation = script.evaluate(agent, args, record=True)
-    expected, observations = [], []
+    episodes, rollout = script.evaluate(agent, args, sampled=False)
+    expected = []
     for n in range(3):
         env = script.make_env(args)
         obs, _ = env.reset(seed=args.seed + 1_000_000_000 + n)
         for episode in range(3 if n == 0 else 2):
             if episode:
                 obs, _ = env.reset()
-            state, total, length, done, seen = agent.initial_state(1), 0, 0, False, [obs]
+            state, last, total, length, done = agent.initial_state(1), torch.zeros(3), 0, 0, False
             while not done:
-                _, params, _, state = agent.step(torch.from_numpy(obs)[None], state)
-                obs, reward, terminated, truncated, _ = env.step(params.argmax().item() + space.start)
+                with torch.no_grad():
+                    params, _, state = agent.step(torch.cat((torch.from_numpy(obs), last))[None], state)
+                choice = params.argmax().item()
+                obs, reward, terminated, truncated, _ = env.step(choice + 2)  # the toy's actions start at 2
+                last = torch.eye(3)[choice]
                 total, length, done = total + reward, length + 1, terminated or truncated
-                seen.append(obs)
-            expected.append((length, total))
-            observations.append(np.stack(seen))
-    got = sorted(zip(evaluation.lengths.tolist(), evaluation.returns.tolist(), strict=True))
+            expected.append((n, length, total))
+    got = sorted((episode.n, episode.length, episode.total) for episode in episodes)
     np.testing.assert_allclose(got, sorted(expected), rtol=1e-5)
-    for episode in evaluation.episodes:
-        assert any(episode.shape == seen.shape and np.allclose(episode, seen) for seen in observations)
+    assert len(rollout.reward) >= max(length for _, length, _ in expected)
 
 
 def test_06_memoryless_policy_forgets(script):
-    args, agent, _, _, _ = play(script, num_rollouts=0, env={"lengths": (30,)})
-    args.eval_episodes = 3
-    calls, step = [], agent.step
-    agent.step = lambda obs, state, mask=None: calls.append(state.abs().sum().item()) or step(obs, state, mask)
-    script.evaluate(agent, args, "memoryless")
-    assert calls and not any(calls)
-    calls.clear()
+    args, agent, _ = play(script, num_rollouts=0, env={"lengths": (30,)})
+    args.eval_episodes, fresh, same = 3, agent.initial_state(3), []
+    step = agent.step
+    agent.step = lambda obs, state, mask=None: same.append(torch.equal(state, fresh)) or step(obs, state, mask)
+    script.evaluate(agent, args, memory=False)
+    assert len(same) == 30 and all(same)
+    same.clear()
     script.evaluate(agent, args)
-    assert sum(map(bool, calls)) == len(calls) - 1
+    assert sum(same) == 1
 
 
 @pytest.mark.parametrize("action", ["discrete", "multidiscrete"])
 def test_07_masked_actions_are_never_taken_and_get_no_gradient(script, action):
-    args, agent, space, (_, rollout), _ = play(script, env=MIXED | {"action": action, "masked": True})
+    args, agent, (_, rollout) = play(script, env=MIXED | {"action": action, "masked": True})
     assert not rollout.action_mask.all()
     offsets = torch.tensor([0] if action == "discrete" else [0, 2])
     assert rollout.action_mask.gather(-1, rollout.action + offsets).all()
@@ -316,23 +327,25 @@ def test_07_masked_actions_are_never_taken_and_get_no_gradient(script, action):
     mask = torch.ones_like(params, dtype=torch.bool)
     mask[:, 1] = False
     masked = params.masked_fill(~mask, torch.finfo(params.dtype).min)
-    logprob, entropy = script.logprob_entropy(masked, torch.zeros(5, len(offsets), dtype=torch.long), space)
+    logprob, entropy = script.logprob_entropy(masked, torch.zeros(5, len(offsets), dtype=torch.long), agent.choices)
     (logprob.sum() + entropy.sum()).backward()
     assert params.grad.isfinite().all() and (params.grad[:, 1] == 0).all() and (params.grad[:, 2] != 0).all()
     args.eval_episodes = 5
-    for policy in ("agent", "random", "memoryless"):
-        script.evaluate(agent, args, policy)  # the toy would not complain, so ask the mask
-    random = script.sample(mask.float().log(), space, torch.Generator().manual_seed(0))[0]
-    assert (random[:, 0] != 1).all()
+    for how in ({"sampled": True}, {"sampled": False}, {"memory": False}):
+        script.evaluate(agent, args, **how)  # the toy raises at a forbidden action
 
 
-def test_actions_stay_within_every_bound_there_is(script):
-    space = Box(np.array([0, -np.inf, -2], np.float32), np.array([np.inf, 1, 2], np.float32))
-    actions = script.env_action(torch.tensor([[-3.0, 5.0, 0.5], [3.0, -5.0, 9.0]]), space)
-    np.testing.assert_array_equal(actions, [[0, 1, 1], [3, -5, 2]])
+def test_07_the_mask_reaches_the_update(script):
+    """An action that is forbidden has no gradient in the actor, whatever its logit is."""
+    args, agent, (_, rollout) = play(script, env=MIXED | {"masked": True}, dtype=torch.float64)
+    rollout = rollout._replace(action_mask=torch.ones_like(rollout.action_mask), action=0 * rollout.action)
+    rollout.action_mask[..., 2] = False
+    loss, _ = loss_of(script, agent, rollout, *targets(rollout), args)
+    bias = torch.autograd.grad(loss, agent.actor.bias)[0]
+    assert bias[2] == 0 and (bias[:2] != 0).all()
 
 
-def assert_statistics_are_those_of_all_data(script):
+def test_08_statistics_are_those_of_all_data(script):
     stats, batches = script.RunningMeanStd((3,)), [torch.randn(n, 3) * 4 + 7 + n / 50 for n in (5, 1, 300)]
     for batch in batches:
         stats.update(batch)
@@ -342,71 +355,92 @@ def assert_statistics_are_those_of_all_data(script):
     torch.testing.assert_close(stats.denormalize(stats.normalize(everything)), everything)
 
 
-def test_08_statistics_are_those_of_all_data(script):
-    assert_statistics_are_those_of_all_data(script)
-
-
 def test_08_popart_keeps_the_values(script):
-    _, agent, _, (_, rollout), _ = play(script)
+    _, agent, (_, rollout) = play(script)
+    x = torch.randn(40, agent.critic.in_features)
 
     def values():
-        return agent.return_stats.denormalize(agent.critic(features).squeeze(-1))
+        return agent.return_stats.denormalize(agent.critic(x).squeeze(-1))
 
-    features = torch.randn(40, 8)
     before, bias = values(), agent.critic.bias.item()
     agent.update_statistics(rollout.obs.flatten(0, 1), torch.randn(100) * 50 + 300)
     torch.testing.assert_close(values(), before, atol=1e-3, rtol=1e-5)
     assert agent.critic.bias.item() != bias
 
 
-def test_09_refreshed_states_are_those_of_the_new_weights(script):
-    _, agent, _, (_, rollout), _ = play(script)
-    stored = rollout.state.clone()
-    script.refresh_states(agent, rollout)
-    torch.testing.assert_close(rollout.state, stored, atol=1e-6, rtol=0)
-    disturb(agent)
-    script.refresh_states(agent, rollout)
-    state = stored[0]
-    for t in range(24):
-        if t:
-            state = torch.where(rollout.start[t][:, None, None, None], 0, state)
-        torch.testing.assert_close(rollout.state[t], state, atol=1e-6, rtol=0)
-        *_, state = agent.step(rollout.obs[t], state)
-    assert (rollout.state - stored).abs().max() > 1e-3
-
-
-def test_10_gaussian_density_by_numerical_integration(script):
-    space = Box(-1, 1, (2,))
+def test_09_gaussian_density_by_numerical_integration(script):
     params = torch.tensor([0.3, -0.8, -0.5, 0.4], dtype=torch.float64)
     axis = torch.linspace(-12, 12, 1201, dtype=torch.float64)
     grid = torch.cartesian_prod(axis, axis)
-    logprob, entropy = script.logprob_entropy(params.expand(len(grid), 4), grid, space)
+    logprob, entropy = script.logprob_entropy(params.expand(len(grid), 4), grid, [])
     cell = (axis[1] - axis[0]) ** 2
     assert (logprob.exp().sum() * cell).item() == pytest.approx(1, abs=1e-6)
     assert (-(logprob.exp() * logprob).sum() * cell).item() == pytest.approx(entropy[0].item(), abs=1e-6)
 
 
-def test_10_samples_follow_their_log_probabilities(script):
+def test_09_samples_follow_their_log_probabilities(script):
     generator = torch.Generator().manual_seed(0)
-    for space in (Discrete(3), MultiDiscrete([2, 3])):
-        sizes = [3] if isinstance(space, Discrete) else [2, 3]
-        params = torch.randn(sum(sizes), generator=generator).expand(40_000, -1)
-        action, logprob = script.sample(params, space, generator)
-        for choice in torch.cartesian_prod(*(torch.arange(n) for n in sizes)).reshape(-1, len(sizes)):
-            chosen = (action == choice).all(-1)
-            assert chosen.float().mean().item() == pytest.approx(logprob[chosen][0].exp().item(), abs=0.01)
-        best, _ = script.sample(params[:1], space)
-        assert [logits.argmax().item() for logits in params[0].split(sizes)] == best[0].tolist()
+    for choices in ([3], [2, 3]):
+        params = torch.randn(sum(choices), generator=generator).expand(40_000, -1)
+        action = script.sample(params, choices, generator)
+        for choice in torch.cartesian_prod(*(torch.arange(n) for n in choices)).reshape(-1, len(choices)):
+            chance = script.logprob_entropy(params[:1], choice[None], choices)[0].exp().item()
+            assert (action == choice).all(-1).float().mean().item() == pytest.approx(chance, abs=0.01)
+        best = script.sample(params[:1], choices, None)
+        assert [logits.argmax().item() for logits in params[0].split(choices)] == best[0].tolist()
     params = torch.tensor([1.0, -2.0, 0.5, -1.0]).expand(40_000, 4)
-    action, logprob = script.sample(params, Box(-1, 1, (2,)), generator)
+    action = script.sample(params, [], generator)
     torch.testing.assert_close(action.mean(0), torch.tensor([1.0, -2.0]), atol=0.03, rtol=0)
     torch.testing.assert_close(action.std(0).log(), torch.tensor([0.5, -1.0]), atol=0.03, rtol=0)
+    logprob = script.logprob_entropy(params, action, [])[0]
     torch.testing.assert_close(logprob, Normal(params[:, :2], params[:, 2:].exp()).log_prob(action).sum(-1))
 
 
-def test_10_box_actions_are_scaled_and_clipped_to_their_bounds(script):
-    space = Box(np.array([-2, 0, -np.inf], np.float32), np.array([2, 10, np.inf], np.float32))
-    action = torch.tensor([[0.0, 0.0, 5.0], [-1.0, 1.0, -5.0], [-9.0, 9.0, 0.1]])
-    expected = [[0, 5, 5], [-2, 10, -5], [-2, 10, 0.1]]
-    np.testing.assert_allclose(script.env_action(action, space), expected, rtol=1e-6)
-    assert script.env_action(torch.tensor([[2]]), Discrete(3, start=5)).tolist() == [7]
+@pytest.mark.parametrize("low, high, taken", [([-2, 0], [2, 10], [[0, 5], [2, 0]]), ([0, -np.inf], [np.inf, 1], None)])
+def test_09_box_actions_are_scaled_and_clipped_to_their_bounds(script, monkeypatch, low, high, taken):
+    """From [-1, 1] to the bounds; where some entry has none, actions are as the policy gives them, clipped."""
+    from toys import ACTION_SPACES, Toy
+
+    seen, step = [], Toy.step
+    monkeypatch.setitem(ACTION_SPACES, "box", Box(np.array(low, np.float32), np.array(high, np.float32)))
+    monkeypatch.setattr(Toy, "step", lambda self, action: seen.append(np.array(action)) or step(self, action))
+    env = script.make_env(script.Args(env_id="toys:Toy-v0", env_kwargs='{"action": "box"}'))
+    env.reset(seed=1)
+    for action in ([0.0, 0.0], [9.0, -9.0]):
+        env.step(np.array(action, np.float32))
+    np.testing.assert_allclose(seen, taken or [[0, 0], [9, -9]], rtol=1e-6)
+
+
+def test_nested_observations_masks_and_success(script, tmp_path):
+    """A nested dict observation with a masked MultiDiscrete: what the toy allows is what pays."""
+    import gymnasium as gym
+
+    mask = {"action_mask": np.array([1, 1, 1, 0, 1], np.int8)}
+
+    class Nested(gym.Env):
+        observation_space = Dict(a=Dict(x=Box(-1, 1, (2, 2)), d=Discrete(3)), t=Tuple((MultiBinary(2), Discrete(3))))
+        action_space = MultiDiscrete([2, 3])
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            self.observation_space.seed(seed)
+            self.t = 0
+            return self.observation_space.sample(), mask
+
+        def step(self, action):
+            assert action[1] != 1
+            self.t += 1
+            done, info = self.t == 9, mask | {"is_success": bool(action[0])}
+            return self.observation_space.sample(), float(action[0]), False, done, info
+
+    if "Nested-v0" not in gym.registry:
+        gym.register("Nested-v0", Nested)
+    args = script.Args(env_id="Nested-v0", total_timesteps=12_000, eval_episodes=4, checkpoint_every=0, horizon=3)
+    args.runs_dir = str(tmp_path)
+    result = script.train(args)
+    assert result["eval_return_mean"] > 6 and 0 <= result["eval_success_rate"] <= 1
+
+
+def test_vector_environments_are_gymnasiums(script):
+    envs = script.make_envs(script.Args(env_id="CartPole-v1"), 2)
+    assert isinstance(envs, SyncVectorEnv) and envs.metadata["autoreset_mode"].name == "SAME_STEP"

@@ -1,8 +1,6 @@
 """What happens when things go wrong: wrong input, signals, crashes, broken environments, hostile checkpoints."""
 
 import dataclasses
-import functools
-import importlib.util
 import json
 import os
 import pickle
@@ -16,99 +14,73 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from helpers import (
+    LAUNCHERS,
+    assert_a_signal_saves,
+    assert_ends_reach_the_advantages,
+    assert_refused,
+    assert_two_processes_match_one,
+    checkpoints_equal,
+    environment,
+    run,
+    run_from_shell,
+)
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_predictor import small_run
 from toys import ACTION_SPACES, scalars
 
-TINY = [
-    "--env-id",
-    "toys:Toy-v0",
-    "--num-envs",
-    "2",
-    "--num-steps",
-    "16",
-    "--num-minibatches",
-    "2",
-    "--lstm-hidden",
-    "8",
-]
-TINY += ["--horizon", "4", "--eval-episodes", "2"]
+
+@pytest.fixture(scope="module")
+def finished(script, tmp_path_factory) -> dict:
+    """The summary of a tiny run that is only looked at."""
+    return small_run(script, tmp_path_factory.mktemp("finished"))
 
 
-def command(script_path, *args: str) -> list[str]:
-    return [sys.executable, str(script_path), *map(str, args)]
+def checkpoint_of(summary: dict) -> Path:
+    return Path(summary["run_dir"], "checkpoint.pt")
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+def args_of(script, summary: dict, **changes):
+    return script.Args(**script.load(checkpoint_of(summary))["args"] | changes)
 
 
-def run(script_path, *args: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(script_path, *args), env=environment(), capture_output=True, text=True, timeout=120)
-
-
-def start(script_path, *args: str) -> subprocess.Popen:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command(script_path, *args), env=environment(), **pipes)
-
-
-def wait_for_checkpoint(process: subprocess.Popen, runs_dir: Path) -> Path:
-    while not (found := list(runs_dir.glob("*/checkpoint.pt"))):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.02)
-    return found[0]
-
-
-def assert_a_signal_saves(script, script_path, flags: dict, tmp_path, number: int, code: int) -> None:
-    """The update is finished and saved, the command to go on is printed, and it goes on from there."""
-    parts = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", value)]
-    process = start(script_path, *parts, "--runs-dir", tmp_path, "--total-timesteps", "10000000")
-    checkpoint = wait_for_checkpoint(process, tmp_path)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
-    assert f"--resume {checkpoint.parent}" in err and "Traceback" not in err and not out
-    saved = script.load(checkpoint)["progress"]["global_step"]
-    more = run(script_path, "--resume", checkpoint.parent, "--total-timesteps", saved + 64)
-    assert more.returncode == 0, more.stderr
-    assert json.loads(more.stdout.splitlines()[-1])["global_step"] == saved + 64
+def main(script, script_path, monkeypatch, *args) -> int:
+    """The exit code of the script's `main`, in this process."""
+    monkeypatch.setattr(sys, "argv", [str(script_path), *map(str, args)])
+    try:
+        script.main()
+    except SystemExit as exit:
+        return exit.code
+    return 0
 
 
 # --- wrong input: one line, exit code 2, nothing done
 
 WRONG = [
-    (["--num-envs", "0"], "--num-envs must be above 0, not 0"),
+    (["--num-envs", "0"], "--num-envs must be above 0 and at most 100000, not 0"),
     (["--learning-rate", "-1"], "--learning-rate must be above 0"),
-    (["--bptt-length", "-3"], "--bptt-length must not be negative"),
-    (["--gamma", "1.5"], "--gamma must be at most 1"),
+    (["--learning-rate", "inf"], "--learning-rate must be above 0 and at most 100000, not inf"),
     (["--learning-rate", "nan"], "--learning-rate must be above 0"),
+    (["--bptt-length", "-3"], "--bptt-length must be 0 or more"),
+    (["--gamma", "1.5"], "--gamma must be 0 or more and at most 1"),
     (["--target-kl", "-1"], "--target-kl must be above 0"),
-    (["--num-minibatches", "32"], "--num-minibatches must not exceed --num-envs"),
+    (["--num-minibatches", "32"], "--num-minibatches must be above 0 and at most 16"),
     (["--predictor-samples", "0"], "--predictor-samples must be above 0"),
+    (["--seed", "100000000000000000000"], "--seed must be 0 or more and at most 1000000000"),
+    (["--num-steps", "1000000000"], "--num-steps must be above 0 and at most 100000"),
+    (["--lstm-hidden", "1000000"], "--lstm-hidden must be above 0 and at most 100000"),
     (["--env-id", "CartPoll-v1"], "CartPole"),
     (["--env-id", "CartPole-v9"], "CartPole"),
     (["--env-id", "no_such_module:Thing-v0"], "no_such_module"),
     (["--env-id", "CartPole-v1", "--env-kwargs", "{oops"], "CartPole-v1"),
     (["--env-id", "CartPole-v1", "--env-kwargs", '{"nonsense": 1}'], "nonsense"),
-    (["--env-id", "CartPole-v1", "--visible", "0", "4"], "--visible 4: the entries of CartPole-v1 are 0 to 3"),
+    (["--env-id", "CartPole-v1", "--visible", "0", "4"], "--visible goes from 0 to 3"),
     (["--resume", "nowhere"], "nowhere/checkpoint.pt"),
     (["--evaluate", "nowhere.pt"], "nowhere.pt"),
     (["--init-from", "nowhere.pt"], "nowhere.pt"),
-    (["--evaluate", "a.pt", "--init-from", "b.pt"], "a.pt"),
-    (["--num-steps", "1000000000"], "GB"),
     (["--env-id", "toys:Toy-v0", "--env-kwargs", '{"action": "continuous"}'], "continuous"),
+    (["--env-id", "toys:Toy-v0", "--capture-video"], "render_mode"),
 ]
-
-
-def assert_refused(script, path, args, message, tmp_path, monkeypatch, capfd):
-    """One line on standard error, exit code 2, and nothing done."""
-    monkeypatch.setattr(sys, "argv", [str(path), *args, "--runs-dir", str(tmp_path / "runs")])
-    with pytest.raises(SystemExit) as exit:
-        script.main()
-    error = capfd.readouterr().err
-    assert exit.value.code == 2 and message in error
-    assert error.startswith("error: ") and error.count("\n") == 1
-    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("args, message", WRONG)
@@ -117,15 +89,21 @@ def test_wrong_input_is_one_line_and_exit_code_2(script, script_path, tmp_path, 
 
 
 def test_wrong_input_from_the_shell(script_path, tmp_path):
-    result = run(script_path, "--env-id", "LunarLandr-v3", "--runs-dir", tmp_path)
+    result = run_from_shell(script_path, "--env-id", "LunarLandr-v3", "--runs-dir", tmp_path)
     assert result.returncode == 2 and "LunarLander" in result.stderr and "Traceback" not in result.stderr
     assert run(script_path, "--num-envs", "many").returncode == 2
 
 
+def test_help_shows_groups_units_and_what_0_means(script_path):
+    text = " ".join(run(script_path, "--help").stdout.replace("│", " ").split())
+    for part in ("RUN:", "ENVIRONMENT:", "PPO:", "RECURRENCE:", "FORECAST:", "0 = only at the end", "None = never"):
+        assert part in text
+
+
 def test_videos_need_their_package_before_any_work(script, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(script.InputError, match="needs moviepy"):
-        script.check(script.Args(capture_video=True))
+    monkeypatch.setitem(sys.modules, "moviepy", None)
+    with pytest.raises(script.InputError, match="pip install"):
+        script.check(script.Args(env_id="CartPole-v1", capture_video=True))
 
 
 def test_unknown_action_space(script, tmp_path, monkeypatch):
@@ -135,17 +113,79 @@ def test_unknown_action_space(script, tmp_path, monkeypatch):
         script.train(args)
 
 
+def test_a_runs_folder_that_cannot_be_written(script, script_path, tmp_path, monkeypatch, capfd):
+    (tmp_path / "file").touch()
+    played = []
+    monkeypatch.setattr(script, "play", lambda *args: played.append(args))
+    code = main(script, script_path, monkeypatch, "--env-id", "CartPole-v1", "--runs-dir", tmp_path / "file")
+    assert code == 2 and not played
+    assert f"error: cannot write to {tmp_path / 'file'}" in capfd.readouterr().err
+
+
+# --- what a run says and leaves
+
+
+def test_something_to_read_from_the_start(script, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(script, "collect", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        small_run(script, tmp_path)
+    error = capfd.readouterr().err
+    assert error.startswith(f"run folder: {tmp_path}") and "0.00/256" in error
+    assert f"--resume {next(tmp_path.iterdir())}" in error  # the first checkpoint is there before the first update
+    assert script.load(next(tmp_path.glob("*/checkpoint.pt")))["counters"]["global_step"] == 0
+
+
+def test_the_bar_ends_at_its_total_and_the_last_line_is_json(script, script_path, tmp_path, monkeypatch, capfd):
+    flags = "--env-id toys:Toy-v0 --num-envs 2 --num-minibatches 2 --lstm-hidden 8 --horizon 4 --eval-episodes 2"
+    flags = [*flags.split(), "--runs-dir", tmp_path, "--total-timesteps", "300"]  # no whole number of rollouts
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert main(script, script_path, monkeypatch, *flags) == 0
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    out, err = capfd.readouterr()
+    assert "100%" in err and "300/300" in err and "/?" not in err
+    *people, last = out.splitlines()
+    result = json.loads(last)
+    assert [line.split()[0] for line in people] == ["first", "watch:", "evaluate:"]
+    keys = "run_dir global_step sps train_return_mean eval_return_mean eval_return_std eval_return_sampled"
+    assert result["eval_episodes"] == 2 and set(keys.split()) <= result.keys()
+
+
+def test_a_run_folder_holds_what_it_should(script, script_path, finished):
+    run_dir = Path(finished["run_dir"])
+    names = {"args.json", "checkpoint.pt", "best.pt", "forecast.png", "common", script_path.name}
+    assert names < {path.name for path in run_dir.iterdir()}
+    assert (run_dir / script_path.name).read_text() == script_path.read_text()
+    assert (run_dir / "common" / "gae.py").exists() and json.loads((run_dir / "args.json").read_text())["horizon"] == 20
+    events = EventAccumulator(str(run_dir)).Reload()
+    assert "predictor/forecast" in events.Tags()["images"]
+    assert b'"horizon": 20' in events.Tensors("args/text_summary")[0].tensor_proto.string_val[0]
+    tags = "charts/episodic_return charts/episodic_length charts/learning_rate charts/SPS losses/value_loss"
+    tags += " losses/policy_loss losses/entropy losses/old_approx_kl losses/approx_kl losses/clipfrac losses/grad_norm"
+    tags += " losses/explained_variance losses/first_ratio_error eval/episodic_return eval/return_sampled"
+    tags += " eval/return_memoryless predictor/loss predictor/drift predictor/rmse_k1 predictor/skill_k1"
+    assert set(tags.split()) <= set(events.Tags()["scalars"])
+
+
+def test_evaluating_leaves_the_folder_as_it_was(script, script_path, finished, monkeypatch, capfd):
+    def contents():
+        return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in Path(finished["run_dir"]).rglob("*")}
+
+    before = contents()
+    assert main(script, script_path, monkeypatch, "--evaluate", checkpoint_of(finished)) == 0
+    assert contents() == before
+    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+    for name in ("eval_return_mean", "eval_return_sampled", "eval_return_memoryless", "predictor_skill_k1"):
+        assert result[name] == finished[name]  # the closing evaluation again
+
+
+def test_videos_are_recorded(script, tmp_path):
+    pytest.importorskip("moviepy")
+    changes = {"env_id": "CartPole-v1", "env_kwargs": "{}", "eval_episodes": 1, "capture_video": True}
+    result = small_run(script, tmp_path, checkpoint_every=0, **changes)
+    assert list(Path(result["run_dir"], "videos").glob("*.mp4"))
+
+
 # --- checkpoints
-
-
-def checkpoints_equal(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(checkpoints_equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(checkpoints_equal, a, b))
-    return a == b or a != a
 
 
 def test_kill_9_at_any_moment_leaves_a_whole_checkpoint(script, script_path, tmp_path):
@@ -158,39 +198,38 @@ spec = importlib.util.spec_from_file_location("script", {str(script_path)!r})
 script = sys.modules["script"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
 layer, number = torch.nn.Linear(300, 300), 0
-print("ready", flush=True)
 while True:
     number += 1
     layer.weight.data.fill_(number)
-    script.save(pathlib.Path({str(path)!r}), {{"agent": layer}}, script.Progress(update=number), script.Args())
+    script.save(pathlib.Path({str(path)!r}), {{"agent": layer}}, {{"updates": number}}, script.Args())
     if number == 1:
         print("saved", flush=True)
 """
-    for _ in range(8):
+    for _ in range(4):
         process = subprocess.Popen([sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline() == "ready\n" and process.stdout.readline() == "saved\n"
+        assert process.stdout.readline() == "saved\n"
         deadline = time.perf_counter() + rng.uniform(0, 0.2)
         while time.perf_counter() < deadline:
             pass
         process.kill()
         process.wait()
-        state = script.load(path)
-        assert (state["agent"]["weight"] == state["progress"]["update"]).all()
+        layer = torch.nn.Linear(300, 300)
+        counters = script.load(path, agent=layer)["counters"]
+        assert (layer.weight == counters["updates"]).all()
 
 
 def test_resume_continues_counters_schedule_and_curve(script, tmp_path):
-    whole = small_run(script, tmp_path, "whole")
-    first = small_run(script, tmp_path, "half")
-    args = script.Args(**script.load(f"{first['run_dir']}/checkpoint.pt")["args"])
-    args = dataclasses.replace(args, resume=first["run_dir"], total_timesteps=32 * 16)
+    whole = small_run(script, tmp_path / "whole")
+    first = small_run(script, tmp_path / "half")
+    args = args_of(script, first, resume=first["run_dir"], total_timesteps=32 * 16)
     second = script.train(args)
     assert whole["global_step"] == first["global_step"] == 32 * 8 and second["global_step"] == 32 * 16
-    assert second["run_dir"] == first["run_dir"]
+    assert second["run_dir"] == first["run_dir"] and second["first_return_mean"] == first["first_return_mean"]
     curve = scalars(first["run_dir"])["losses/value_loss"]
     assert [step for step, _ in curve] == [32 * (i + 1) for i in range(1, 16)]  # the first rollout only warms up
     rates = dict(scalars(first["run_dir"])["charts/learning_rate"])
     assert rates[32 * 9] == pytest.approx(args.learning_rate * (1 - 8 / 16), rel=1e-4)
-    state = script.load(f"{first['run_dir']}/checkpoint.pt")
+    state = torch.load(checkpoint_of(first), weights_only=True)
     for optimizer in ("optimizer", "predictor_optimizer"):  # what the optimisers really used
         initial = args.learning_rate if optimizer == "optimizer" else args.predictor_learning_rate
         assert state[optimizer]["param_groups"][0]["lr"] == pytest.approx(initial * (1 - 15 / 16))
@@ -201,115 +240,106 @@ def test_resume_continues_counters_schedule_and_curve(script, tmp_path):
         script.train(args)
 
 
-def test_resumed_weights_are_the_saved_ones(script, tmp_path, monkeypatch):
-    first = small_run(script, tmp_path, "run")
-    saved = script.load(f"{first['run_dir']}/checkpoint.pt")
-    restored = {}
-    real = script.restore
+def test_resumed_weights_are_the_saved_ones(script, finished, tmp_path, monkeypatch):
+    """Every weight, statistic and moment of Adam, before the first step of the resumed run."""
+    import shutil
 
-    def restore(parts, state):
-        progress = real(parts, state)
-        restored.update(agent=parts["agent"].state_dict(), optimizer=parts["optimizer"].state_dict())
-        raise InterruptedError(progress.update)
+    run_dir = shutil.copytree(finished["run_dir"], tmp_path / "run")
+    saved, restored = torch.load(run_dir / "checkpoint.pt", weights_only=True), {}
 
-    monkeypatch.setattr(script, "restore", restore)
-    with pytest.raises(InterruptedError, match="8"):
-        script.train(script.Args(**saved["args"] | {"resume": first["run_dir"], "total_timesteps": 10**6}))
-    assert checkpoints_equal(restored, {"agent": saved["agent"], "optimizer": saved["optimizer"]})
+    def save(path, parts, counters, args):
+        restored.update({name: part.state_dict() for name, part in parts.items()} | {"counters": dict(counters)})
+        raise InterruptedError
 
-
-def test_a_checkpoint_of_a_gpu_resumes_on_a_cpu(script):
-    """A GPU's generator has a state of 16 bytes, which no other takes."""
-    generator = torch.Generator()
-    state = {"rng": torch.zeros(16, dtype=torch.uint8), "progress": {"global_step": 7}}
-    assert script.restore({"rng": generator}, state).global_step == generator.initial_seed() == 7
+    monkeypatch.setattr(script, "save", save)
+    with pytest.raises(InterruptedError):
+        script.train(args_of(script, finished, resume=str(run_dir), total_timesteps=10**6))
+    assert checkpoints_equal(restored, {name: x for name, x in saved.items() if name != "args"})
 
 
-def test_a_failing_evaluation_costs_no_training(script, tmp_path, monkeypatch):
+def test_a_failing_evaluation_costs_no_training_and_no_curve(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "assess", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        small_run(script, tmp_path, "run", checkpoint_every=0)
-    checkpoint = next((tmp_path / "run").glob("*/checkpoint.pt"))
-    assert script.load(checkpoint)["progress"]["global_step"] == 32 * 8
+        small_run(script, tmp_path, checkpoint_every=0)
+    checkpoint = next(tmp_path.glob("*/checkpoint.pt"))
+    assert script.load(checkpoint)["counters"]["global_step"] == 32 * 8
+    assert scalars(checkpoint.parent)["charts/SPS"][-1][0] == 32 * 8
 
 
-def test_videos_need_an_environment_that_draws(script):
-    with pytest.raises(script.InputError, match="render_mode"):
-        script.check(script.Args(env_id="toys:Toy-v0", capture_video=True))
+def test_the_best_evaluation_is_kept(script, tmp_path, monkeypatch):
+    returns, real = iter([3.0, 7.0, 5.0]), script.assess
+
+    def assess(*args):
+        scores, figure = real(*args)
+        return scores | {"eval/episodic_return": next(returns)}, figure
+
+    monkeypatch.setattr(script, "assess", assess)
+    result = small_run(script, tmp_path)
+    best = script.load(Path(result["run_dir"], "best.pt"))["counters"]
+    assert best["global_step"] == 32 * 6 and best["best"] == 7
+    assert script.load(checkpoint_of(result))["counters"]["best"] == 7
 
 
 def test_an_episode_without_end_does_not_hold_up_the_evaluation(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "LONGEST", 50)
+    real = gym.wrappers.TimeLimit
+    monkeypatch.setattr(gym.wrappers, "TimeLimit", lambda env, steps: real(env, 50) if steps == 27_000 else None)
     endless = {"env_kwargs": json.dumps({"lengths": [10**9]}), "total_timesteps": 64}
-    with pytest.warns(UserWarning, match="does not end within 50 steps"):
-        result = small_run(script, tmp_path, "run", **endless)
+    result = small_run(script, tmp_path, **endless)
     assert result["global_step"] == 64 and result["eval_return_mean"] is not None
 
 
-def test_runs_of_the_same_second_have_folders_of_their_own(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(script.time, "time", lambda: 1e9)
-    folders = [script.open_run(script.Args(runs_dir=str(tmp_path)), script.Progress())[0].name for _ in range(3)]
-    assert [name.rsplit("__", 1)[1] for name in folders] == ["1000000000", "1000000001", "1000000002"]
-
-
-def assert_ends_reach_the_advantages(script, train, folder, monkeypatch):
-    seen, real = {}, script.gae
-
-    def gae(reward, value, values_after, terminated, truncated, *rest):
-        seen["terminated"], seen["truncated"] = terminated.any().item(), truncated.any().item()
-        return real(reward, value, values_after, terminated, truncated, *rest)
-
-    monkeypatch.setattr(script, "gae", gae)
-    for end in ("terminated", "truncated"):
-        env_kwargs = json.dumps({"lengths": [3], "ends": [end]})
-        train(runs_dir=str(folder / end), env_kwargs=env_kwargs, total_timesteps=32)
-        assert seen == {"terminated": end == "terminated", "truncated": end == "truncated"}
-
-
 def test_05_termination_and_truncation_reach_the_advantages(script, tmp_path, monkeypatch):
-    train = functools.partial(small_run, script, tmp_path, "run")
+    def train(runs_dir, **changes):
+        small_run(script, runs_dir, eval_episodes=1, **changes)
+
     assert_ends_reach_the_advantages(script, train, tmp_path, monkeypatch)
 
 
-def test_evaluate_and_transfer_a_checkpoint(script, script_path, tmp_path):
-    first = small_run(script, tmp_path, "run")
-    checkpoint = f"{first['run_dir']}/checkpoint.pt"
-    result = run(script_path, "--evaluate", checkpoint)
-    summary = json.loads(result.stdout.splitlines()[-1])
-    assert summary["eval_return_mean"] == pytest.approx(first["eval_return_mean"]), result.stderr
-    wider = small_run(script, tmp_path, "wider", init_from=checkpoint, lstm_hidden=9)
-    assert wider["global_step"] == 32 * 8
-    same = small_run(script, tmp_path, "same", init_from=checkpoint, total_timesteps=32, learning_rate=1e-9)
-    old, new = (script.load(path)["agent"] for path in (checkpoint, f"{same['run_dir']}/checkpoint.pt"))
-    torch.testing.assert_close(new["encoder.0.weight"], old["encoder.0.weight"], atol=1e-5, rtol=0)
-    other = small_run(script, tmp_path, "other", init_from=checkpoint, env_id="ToyPendulum-v0", env_kwargs="{}")
-    state = script.load(f"{other['run_dir']}/checkpoint.pt")["agent"]
-    assert state["obs_stats.count"] == 32 * 8  # nothing of statistics whose other half does not fit
+def test_start_from_another_runs_networks(script, finished, tmp_path):
+    checkpoint = checkpoint_of(finished)
+    changes = {"init_from": str(checkpoint), "total_timesteps": 32, "learning_rate": 1e-9, "eval_episodes": 1}
+    result = small_run(script, tmp_path, **changes)
+    old, new = (torch.load(path, weights_only=True)["agent"] for path in (checkpoint, checkpoint_of(result)))
+    torch.testing.assert_close(new["encoder.weight"], old["encoder.weight"], atol=1e-5, rtol=0)
+    assert result["global_step"] == 32
 
 
-def test_other_checkpoints_are_refused_by_name(script, tmp_path):
-    first = small_run(script, tmp_path, "run")
-    path = f"{first['run_dir']}/checkpoint.pt"
-    args = script.Args(**script.load(path)["args"] | {"resume": first["run_dir"], "total_timesteps": 10**6})
-    for change in (
-        {"env_id": "CartPole-v1", "env_kwargs": "{}"},
-        {"lstm_hidden": 9},
-        {"visible": (0,)},
-        {"horizon": 3},
-    ):
-        with pytest.raises(script.InputError, match=next(iter(change))):
-            script.train(dataclasses.replace(args, **change))
-    state = torch.load(path, weights_only=True)
-    torch.save(state | {"args": state["args"] | {"tree_depth": 3}}, path)
-    with pytest.raises(script.InputError, match="tree_depth"):
-        script.train(args)
-    state["agent"]["actor.weight"] = torch.zeros(7, 8)
+def test_other_checkpoints_are_refused_by_what_does_not_fit(script, finished, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    state = torch.load(checkpoint_of(finished), weights_only=True)
+    args = args_of(script, finished, resume=str(tmp_path), total_timesteps=10**6)
     torch.save(state, path)
-    with pytest.raises(script.InputError, match=r"actor.weight.*\[7, 8\]"):
-        script.train(args)
-    Path(path).write_bytes(Path(path).read_bytes()[:1000])
-    with pytest.raises(script.InputError, match="is not a checkpoint"):
-        script.train(args)
+    for change, message in (
+        ({"env_id": "CartPole-v1", "env_kwargs": "{}"}, r"obs_stats.mean.*\[7\]"),
+        ({"lstm_hidden": 9}, "lstm.weight_hh_l0"),
+        ({"visible": (0,)}, "encoder.weight"),
+        ({"horizon": 3}, "head.weight"),
+        ({"freeze_extractor": False}, "parameter group"),
+    ):
+        with pytest.raises(script.InputError, match=message) as error:
+            script.train(dataclasses.replace(args, **change))
+        assert "\n" not in str(error.value) and str(path) in str(error.value)
+    whole = path.read_bytes()
+    torch.save({"model": state["agent"]}, tmp_path / "foreign.pt")  # another program's
+    foreign = (tmp_path / "foreign.pt").read_bytes()
+    for content in (b"", whole[:1000], foreign, b"import os", pickle.dumps({"agent": 1})):  # empty, half, foreign
+        path.write_bytes(content)
+        with pytest.raises(script.InputError, match="does not fit") as error:
+            script.train(args)
+        assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
+
+
+def test_an_older_checkpoint_takes_the_default_of_a_newer_flag(
+    script, script_path, finished, tmp_path, monkeypatch, capfd
+):
+    state = torch.load(checkpoint_of(finished), weights_only=True)
+    state["args"].pop("target_kl")
+    state["args"]["a_flag_that_was_dropped"] = 3
+    torch.save(state, tmp_path / "old.pt")
+    assert main(script, script_path, monkeypatch, "--evaluate", tmp_path / "old.pt") == 0
+    out, err = capfd.readouterr()
+    assert "old.pt has no target_kl: the default is taken" in err
+    assert json.loads(out.splitlines()[-1])["eval_return_mean"] == finished["eval_return_mean"]
 
 
 def test_a_checkpoint_runs_no_code(script, tmp_path):
@@ -320,30 +350,45 @@ def test_a_checkpoint_runs_no_code(script, tmp_path):
     torch.save({"args": Attack()}, tmp_path / "a.pt")
     (tmp_path / "b.pt").write_bytes(pickle.dumps(Attack()))
     for name in ("a.pt", "b.pt"):
-        with pytest.raises(script.InputError, match="is not a checkpoint"):
+        with pytest.raises(script.InputError, match="does not fit") as error:
             script.load(tmp_path / name)
+        assert "weights_only" not in str(error.value)
     assert not (tmp_path / "owned").exists()
 
 
 # --- signals
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("vectorization", ["sync", "async"])
-def test_a_signal_saves_says_how_to_go_on_and_exits(script, script_path, tmp_path, number, code, vectorization):
-    args = [*TINY, "--runs-dir", tmp_path, "--total-timesteps", "10000000", "--checkpoint-every", "2"]
-    process = start(script_path, *args, "--vectorization", vectorization)
-    checkpoint = wait_for_checkpoint(process, tmp_path)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
-    assert f"--resume {checkpoint.parent}" in err and "Traceback" not in err and not out
-    saved = script.load(checkpoint)["progress"]
-    steps = [step for step, _ in scalars(checkpoint.parent)["charts/SPS"]]
-    assert saved["global_step"] == steps[-1]  # the last finished update
-    more = run(script_path, "--resume", checkpoint.parent, "--total-timesteps", saved["global_step"] + 64)
-    assert more.returncode == 0, more.stderr
-    assert json.loads(more.stdout.splitlines()[-1])["global_step"] == saved["global_step"] + 64
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_update_and_saves(script, script_path, tmp_path, number, code):
+    flags = {"env_id": "toys:Toy-v0", "num_envs": 2, "num_steps": 16, "num_minibatches": 2, "lstm_hidden": 8}
+    flags |= {"horizon": 4, "eval_episodes": 2}
+    assert_a_signal_saves(script, script_path, flags, tmp_path, number, code)
+
+
+@pytest.mark.parametrize("updates", [3, 8])  # in the middle of the run, and at its end
+def test_a_signal_cuts_an_evaluation_short(script, script_path, tmp_path, updates, monkeypatch, capfd):
+    """It comes in the evaluation's third step, of an episode that would take 27,000."""
+    real, steps = script.play, []
+
+    def play(envs, agent, seed, **how):
+        for step in real(envs, agent, seed, **how):
+            if seed > 1_000_000_000:
+                steps.append(step)
+                if len(steps) == 3:
+                    os.kill(os.getpid(), signal.SIGINT)
+            yield step
+
+    monkeypatch.setattr(script, "play", play)
+    flags = "--env-id toys:Toy-v0 --num-envs 2 --num-steps 16 --num-minibatches 2 --lstm-hidden 8 --total-timesteps 256"
+    flags = [*flags.split(), "--env-kwargs", '{"lengths": [1000000]}', "--checkpoint-every", updates]
+    assert main(script, script_path, monkeypatch, *flags, "--runs-dir", tmp_path) == 130
+    out, err = capfd.readouterr()
+    assert len(steps) <= 6 and not out and "saving" in err and "Traceback" not in err
+    checkpoint = next(tmp_path.glob("*/checkpoint.pt"))
+    assert script.load(checkpoint)["counters"]["global_step"] == 32 * updates
+    assert "eval/episodic_return" not in scalars(checkpoint.parent)
+    assert (f"--resume {checkpoint.parent}" in err) == (updates == 3)
 
 
 # --- environments and losses that break
@@ -354,8 +399,8 @@ def test_a_signal_saves_says_how_to_go_on_and_exits(script, script_path, tmp_pat
     "fault, error, message",
     [
         ("raise", RuntimeError, "the rotor fell off"),
-        ("nan", FloatingPointError, "non-finite observation"),
-        ("nan_reward", FloatingPointError, "non-finite reward"),
+        ("nan", FloatingPointError, "not finite"),
+        ("nan_reward", FloatingPointError, "not finite"),
         ("die", RuntimeError, "process of an environment died"),
     ],
 )
@@ -363,24 +408,27 @@ def test_a_broken_environment_is_one_clear_error(script, tmp_path, fault, error,
     if (fault, vectorization) == ("die", "sync"):
         pytest.skip("takes this process with it")
     env_kwargs = json.dumps({"lengths": [50], "fault": fault, "fault_step": 16 * 5 + 3})
+    changes = {"env_kwargs": env_kwargs, "vectorization": vectorization, "checkpoint_every": 2, "eval_episodes": 1}
     with pytest.raises(error, match=message):
-        small_run(
-            script,
-            tmp_path,
-            "run",
-            env_kwargs=env_kwargs,
-            vectorization=vectorization,
-            checkpoint_every=2,
-            eval_episodes=1,
-        )
-    saved = script.load(next((tmp_path / "run").glob("*/checkpoint.pt")))
-    assert saved["progress"]["update"] == 4  # the last consistent state
+        small_run(script, tmp_path, **changes)
+    saved = script.load(next(tmp_path.glob("*/checkpoint.pt")))
+    assert saved["counters"]["global_step"] == 32 * 4  # the last consistent state
+
+
+@pytest.mark.parametrize("fault, message", [("die", "process of an environment died"), ("nan", "not finite")])
+def test_an_environment_that_breaks_in_an_evaluation_is_one_clear_error(script, tmp_path, fault, message):
+    """It lives longer there than the training's ever get."""
+    env_kwargs = json.dumps({"lengths": [500], "fault": fault, "fault_step": 200})
+    changes = {"env_kwargs": env_kwargs, "vectorization": "async", "total_timesteps": 64, "eval_episodes": 1}
+    with pytest.raises((RuntimeError, FloatingPointError), match=message):
+        small_run(script, tmp_path, **changes)
+    assert script.load(next(tmp_path.glob("*/checkpoint.pt")))["counters"]["global_step"] == 64
 
 
 def test_a_mask_that_allows_nothing_names_the_environment(script, tmp_path):
     env_kwargs = json.dumps({"masked": "nothing"})
     with pytest.raises(ValueError, match="environment 0 allows no action"):
-        small_run(script, tmp_path, "run", env_kwargs=env_kwargs)
+        small_run(script, tmp_path, env_kwargs=env_kwargs)
 
 
 def test_a_non_finite_loss_stops_before_the_weights_change(script, tmp_path, monkeypatch):
@@ -393,28 +441,24 @@ def test_a_non_finite_loss_stops_before_the_weights_change(script, tmp_path, mon
 
     monkeypatch.setattr(script, "ppo_loss", broken)
     with pytest.raises(RuntimeError, match="non-finite"):
-        small_run(script, tmp_path, "run")
+        small_run(script, tmp_path)
     agent, before = seen[-1]
     assert len(seen) == 50 and checkpoints_equal(dict(agent.state_dict()), before)
-    assert script.load(next((tmp_path / "run").glob("*/checkpoint.pt")))["progress"]["update"] == 6
+    assert script.load(next(tmp_path.glob("*/checkpoint.pt")))["counters"]["global_step"] == 32 * 6
+
+
+def test_target_kl_ends_the_update(script, tmp_path, monkeypatch):
+    calls, real = [], script.ppo_loss
+    monkeypatch.setattr(script, "ppo_loss", lambda *args: calls.append(args) or real(*args))
+    small_run(script, tmp_path, target_kl=1e-12, checkpoint_every=0, eval_episodes=1)
+    assert len(calls) == 7 * 2  # one epoch of two minibatches for all rollouts but the first
 
 
 # --- two processes
 
 
-def assert_two_processes_match_one(driver: Path) -> None:
-    """The driver saves its final weights beside itself as weights_{processes}_{rank}.pt."""
-    one = subprocess.run([sys.executable, str(driver)], env=environment(), capture_output=True, text=True, timeout=120)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(driver)]
-    two = subprocess.run(torchrun, env=environment(), capture_output=True, text=True, timeout=180)
-    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
-    alone, first, second = (torch.load(driver.parent / f"weights_{name}.pt") for name in ("1_0", "2_0", "2_1"))
-    assert checkpoints_equal(dict(first), dict(second))
-    for name, x in alone.items():
-        torch.testing.assert_close(first[name], x, atol=2e-4, rtol=1e-3)
-
-
-def test_two_processes_match_one_with_the_same_data(script, script_path, tmp_path):
+@pytest.mark.parametrize("launch", LAUNCHERS)
+def test_two_processes_match_one_with_the_same_data(script_path, tmp_path, launch):
     """Actions are the likeliest ones, so that the data do not depend on which process draws which random number."""
     driver = tmp_path / "driver.py"
     driver.write_text(f"""
@@ -423,18 +467,17 @@ sys.argv = ["driver"]
 spec = importlib.util.spec_from_file_location("script", {str(script_path)!r})
 script = sys.modules["script"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
-sample, train_agent = script.sample, script.Agent
-agents = []
-script.sample = lambda params, space, generator=None: sample(params, space)
-script.Agent = lambda *args: agents.append(train_agent(*args)) or agents[-1]
+sample, agents, Agent = script.sample, [], script.Agent
+script.sample = lambda params, choices, generator: sample(params, choices, None)
+script.Agent = lambda *args: agents.append(Agent(*args)) or agents[-1]
 world = int(os.environ.get("WORLD_SIZE", 1))
 args = script.Args(
     env_id="toys:Toy-v0", env_kwargs='{{"lengths": [3, 9, 1], "ends": ["truncated", "terminated"]}}',
     num_envs=4 // world, num_steps=16, num_minibatches=1, total_timesteps=64 * 6, lstm_hidden=8,
-    horizon=4, eval_episodes=2, checkpoint_every=0, predictor_samples=10**6,
+    horizon=4, eval_episodes=2, checkpoint_every=0, predictor_samples=10**5,
     freeze_extractor=False, target_kl=10.0, runs_dir={str(tmp_path)!r},
 )
 result = script.train(args)
 torch.save(agents[0].state_dict(), {str(tmp_path)!r} + f"/weights_{{world}}_{{os.environ.get('RANK', 0)}}.pt")
 """)
-    assert_two_processes_match_one(driver)
+    assert_two_processes_match_one(driver, launch)

@@ -65,6 +65,7 @@ def test_trains_on_the_dict_observation_in_processes(script, tmp_path):
     result = script.train(
         script.Args(
             env_id="environments.flycraft:FlyCraftEasy-v0",
+            env_kwargs='{"max_episode_steps": 60}',
             vectorization="async",
             num_envs=2,
             num_minibatches=2,

@@ -46,6 +46,19 @@ def games(server, request):
     games.close()
 
 
+@pytest.fixture
+def errors(monkeypatch):
+    """What the server says against choices, of the games that are made after this."""
+    errors, handle = [], showdown.Account._handle_battle_message
+
+    async def spy(self, split_messages):
+        errors.extend(message[2] for message in split_messages if message[1:2] == ["error"])
+        await handle(self, split_messages)
+
+    monkeypatch.setattr(showdown.Account, "_handle_battle_message", spy)
+    return errors
+
+
 def uniform(rng, games, turn):
     return np.array([rng.choice(np.flatnonzero(mask)) for mask in turn.action_mask])
 
@@ -66,8 +79,9 @@ def play(games, battles, choose=uniform, watch=lambda turn: None):
 
 
 @pytest.mark.parametrize("games", [{"num_games": 4, "ko_coef": 0.3, "hp_coef": 0.2}], indirect=True)
-def test_whole_battles(games):
-    """Legal actions are accepted, observations have their form, rewards telescope to the final difference."""
+def test_whole_battles(errors, games):
+    """Legal actions are accepted but for what only the server knows, as that a Pokémon is trapped; observations have
+    their form, rewards telescope to the final difference."""
     summed = np.zeros((4, 2))
 
     def watch(turn):
@@ -94,7 +108,8 @@ def test_whole_battles(games):
             summed[end.slot] = 0
 
     ended = play(games, 8, watch=watch)
-    assert len(ended) == 8 and games.rejected <= 8
+    assert len(ended) == 8 and games.rejected == len(errors)
+    assert all(error.startswith("[Unavailable choice]") for error in errors)
     assert len(set(games.entry_names)) == games.obs_size == len(games.entry_names)
     assert {end.slot for end in ended} == set(range(4))
     with pytest.raises(RuntimeError, match="no battle"):
@@ -450,8 +465,9 @@ def test_a_server_killed_in_mid_training_is_a_clear_error_with_a_checkpoint(self
         return real(games, pairs, generator, learner)
 
     monkeypatch.setattr(selfplay, "play", play)
+    monkeypatch.setattr(selfplay, "assess", lambda *args: {})
     with pytest.raises(RuntimeError, match="Showdown server died"):
-        small_run(selfplay, tmp_path, total_timesteps=10**6, eval_episodes=1, checkpoint_every=0)
+        small_run(selfplay, tmp_path, total_timesteps=10**6, checkpoint_every=0)
     assert selfplay.load(next(tmp_path.glob("*/checkpoint.pt")))["progress"]["update"] == 2
 
 

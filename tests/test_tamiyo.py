@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Discrete
-from test_exact import MIXED, assert_statistics_are_those_of_all_data, disturb, reference_loss
+from helpers import MIXED, assert_statistics_are_those_of_all_data, disturb, reference_loss
 from toys import gradients, tiny_hosts
 
 from environments import hosts

@@ -8,12 +8,15 @@ import signal
 import numpy as np
 import pytest
 import torch
-from test_faults import (
+from helpers import (
+    LAUNCHERS,
     assert_a_signal_saves,
     assert_ends_reach_the_advantages,
     assert_refused,
     assert_two_processes_match_one,
+    blank_figure,
     run,
+    run_from_shell,
 )
 from toys import same_but_for_time, scalars, tiny_hosts
 
@@ -24,9 +27,15 @@ TOY = {"env_id": "toys:Toy-v0", "num_envs": 2, "num_steps": 16, "total_timesteps
 TOY["env_kwargs"] = json.dumps({"lengths": [5, 9, 30], "ends": ["terminated", "truncated"]})
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(tamiyo, monkeypatch):
+    """test_tamiyo.py draws them."""
+    monkeypatch.setattr(tamiyo, "actions_figure", blank_figure)
+
+
 @pytest.fixture
 def quick(monkeypatch):
-    tiny_hosts(monkeypatch, minibatches=2)
+    tiny_hosts(monkeypatch, minibatches=1)
 
 
 def small_run(tamiyo, folder, **changes):
@@ -40,9 +49,9 @@ def toy_run(tamiyo, folder, **changes):
 
 @pytest.mark.parametrize("changes", [{}, {"recurrent": False, "env_kwargs": '{"history": 5}'}, {"reset_every": 4}])
 def test_13_the_same_seed_gives_the_same_scalars(tamiyo, tmp_path, quick, changes):
-    first, second = (small_run(tamiyo, tmp_path / name, **changes) for name in "ab")
+    first, second = (small_run(tamiyo, tmp_path / name, total_timesteps=300, **changes) for name in "ab")
     same_but_for_time(scalars(first["run_dir"]), scalars(second["run_dir"]))
-    assert first["eval_return_mean"] == second["eval_return_mean"] and first["global_step"] == 400
+    assert first["eval_return_mean"] == second["eval_return_mean"] and first["global_step"] == 300
     tags = scalars(first["run_dir"])
     assert all(error < 1e-4 for _, error in tags["losses/first_ratio_error"])
     assert {f"tamiyo/{name}" for name in ("val_accuracy", "test_accuracy", "params_ratio", "culled")} <= tags.keys()
@@ -73,7 +82,7 @@ def test_runs_train_on_hosts_of_their_own(tamiyo, tmp_path, quick, monkeypatch):
     monkeypatch.setattr(hosts.Morphogenesis, "begin", begin)
     drawn = []
     for seed in (1, 2):
-        small_run(tamiyo, tmp_path / str(seed), seed=seed)
+        small_run(tamiyo, tmp_path / str(seed), seed=seed, checkpoint_every=0)
         first = {id(env): begun for env, begun in reversed(seen)}  # the first host of each environment
         drawn.append([begun for env, begun in seen if first[id(env)] < hosts.HELD_OUT])  # of the one that trains
         evaluated = {begun for _, begun in seen if begun >= hosts.HELD_OUT}
@@ -129,6 +138,13 @@ def test_evaluate_a_checkpoint_and_reference_policies(tamiyo, tamiyo_path, tmp_p
     random = run(tamiyo_path, "--policy", "random", "--eval-episodes", "2", "--num-envs", "4")
     assert random.returncode == 0, random.stderr
     assert json.loads(random.stdout.splitlines()[-1])["germinations"] > 0
+
+
+def test_from_the_shell(tamiyo_path):
+    never = run_from_shell(tamiyo_path, "--policy", "never", "--eval-episodes", "1")
+    assert never.returncode == 0, never.stderr
+    assert json.loads(never.stdout.splitlines()[-1])["eval_return_mean"] == 0
+    assert run(tamiyo_path, "--num-envs", "many").returncode == 2
 
 
 def test_a_checkpoint_of_a_gpu_resumes_on_a_cpu(tamiyo):
@@ -229,7 +245,8 @@ def test_a_mask_that_allows_nothing_names_the_environment(tamiyo, tmp_path):
         toy_run(tamiyo, tmp_path, env_kwargs=json.dumps({"masked": "nothing"}))
 
 
-def test_two_processes_match_one_with_the_same_data(tamiyo_path, tmp_path):
+@pytest.mark.parametrize("launch", LAUNCHERS)
+def test_two_processes_match_one_with_the_same_data(tamiyo_path, tmp_path, launch):
     """Actions are the likeliest ones, so that the data do not depend on which process draws which random number."""
     driver = tmp_path / "driver.py"
     driver.write_text(f"""
@@ -252,4 +269,13 @@ args = script.Args(
 result = script.train(args)
 torch.save(agents[0].state_dict(), {str(tmp_path)!r} + f"/weights_{{world}}_{{rank}}.pt")
 """)
-    assert_two_processes_match_one(driver)
+    assert_two_processes_match_one(driver, launch)
+
+
+def test_it_learns_to_remember(tamiyo, tmp_path):
+    """What was seen three steps ago is the answer: without memory, chance is 0.5."""
+    sizes = {"num_envs": 16, "num_steps": 32, "num_minibatches": 4, "lstm_hidden": 32}
+    sizes |= {"eval_episodes": 100, "checkpoint_every": 0}
+    result = toy_run(tamiyo, tmp_path, env_id="toys:Recall-v0", env_kwargs="{}", total_timesteps=20_000, **sizes)
+    assert result["eval_return_memoryless"] < 0.7
+    assert result["eval_return_mean"] > 0.95

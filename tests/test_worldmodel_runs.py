@@ -10,14 +10,24 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box
+from helpers import (
+    assert_a_signal_saves,
+    assert_refused,
+    assert_two_processes_match_one,
+    blank_figure,
+    checkpoints_equal,
+    fork_ranks,
+    run_from_shell,
+    torchrun,
+)
 from PIL import Image
-from test_faults import assert_a_signal_saves, assert_refused, assert_two_processes_match_one, checkpoints_equal, run
 from toys import ACTION_SPACES, same_but_for_time, scalars
 
 SMALL = {"env_id": "toys:Toy-v0", "num_envs": 2, "num_steps": 16, "num_minibatches": 2, "total_timesteps": 32 * 8}
 SMALL |= {"memory_width": 16, "memory_heads": 2, "context": 4, "planning_horizon": 2, "planning_samples": 4}
 SMALL |= {"eval_episodes": 2, "checkpoint_every": 2}
 SMALL["env_kwargs"] = json.dumps({"lengths": [5, 9, 30], "ends": ["terminated", "truncated"]})
+SLOW = pytest.param("ema", torchrun, marks=pytest.mark.slow)
 IMAGES = {"env_id": "test_worldmodel_runs:ToyImage-v0", "env_kwargs": "{}"}
 
 
@@ -45,6 +55,17 @@ class ToyImage(gym.Env):
 gym.register("ToyImage-v0", entry_point=ToyImage)
 
 
+@pytest.fixture
+def pictures():
+    """For tests that want them drawn."""
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(worldmodel, monkeypatch, request):
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(worldmodel, "dream_figure", blank_figure)
+
+
 def small_run(worldmodel, folder, **changes):
     return worldmodel.train(worldmodel.Args(**SMALL | {"runs_dir": str(folder)} | changes))
 
@@ -59,7 +80,7 @@ VARIANTS = [
     {"env_kwargs": '{"lengths": [7], "action": "multidiscrete", "masked": true}', "planning": "off"},
     {"quantizer": "fsq", "controller": "linear", "planning": "train", "vectorization": "async"},
     IMAGES,
-    IMAGES | {"quantizer": "none", "num_steps": 3},
+    IMAGES | {"quantizer": "none", "num_steps": 3, "total_timesteps": 6 * 12},
 ]
 
 
@@ -112,10 +133,12 @@ def test_resume_continues_counters_schedule_and_curve(worldmodel, tmp_path):
         worldmodel.train(args)
 
 
-def test_evaluate_a_checkpoint_and_dream(worldmodel, worldmodel_path, tmp_path):
-    first = small_run(worldmodel, tmp_path)
+def test_evaluate_a_checkpoint_and_dream(worldmodel, worldmodel_path, tmp_path, pictures):
+    first = small_run(worldmodel, tmp_path, checkpoint_every=0)
+    with Image.open(f"{first['run_dir']}/dream.png") as image:
+        assert image.size == (1000, 4 * 250)
     gif = tmp_path / "dream.gif"
-    result = run(worldmodel_path, "--evaluate", checkpoint_of(first), "--dream", gif)
+    result = run_from_shell(worldmodel_path, "--evaluate", checkpoint_of(first), "--dream", gif)
     assert result.returncode == 0, result.stderr
     again = json.loads(result.stdout.splitlines()[-1])
     assert again["eval_return_mean"] == pytest.approx(first["eval_return_mean"])
@@ -123,8 +146,10 @@ def test_evaluate_a_checkpoint_and_dream(worldmodel, worldmodel_path, tmp_path):
         assert image.n_frames == 5 - 1 - 5 // 5  # behind the first fifth of an episode of 5 steps
 
 
-def test_dreams_of_images_stand_side_by_side(worldmodel, tmp_path):
-    first = small_run(worldmodel, tmp_path, **IMAGES)
+def test_dreams_of_images_stand_side_by_side(worldmodel, tmp_path, pictures):
+    first = small_run(worldmodel, tmp_path, checkpoint_every=0, **IMAGES)
+    with Image.open(f"{first['run_dir']}/dream.png") as image:
+        assert image.size == (1200, 500)
     gif = str(tmp_path / "dream.gif")
     saved = worldmodel.load(checkpoint_of(first))["args"]
     worldmodel.train(worldmodel.Args(**saved | {"evaluate": checkpoint_of(first), "dream": gif}))
@@ -277,6 +302,7 @@ def test_unknown_action_space_and_missing_packages(worldmodel, tmp_path, monkeyp
         worldmodel.check(worldmodel.Args(capture_video=True))
 
 
+@pytest.mark.filterwarnings("ignore:.*ERROR")  # Gymnasium's, for what the test wants
 @pytest.mark.parametrize("vectorization", ["sync", "async"])
 @pytest.mark.parametrize(
     "fault, message",
@@ -317,8 +343,8 @@ def test_a_non_finite_loss_stops_before_the_weights_change(worldmodel, tmp_path,
     assert len(seen) == 50 and checkpoints_equal(dict(agent.state_dict()), before)
 
 
-@pytest.mark.parametrize("quantizer", ["fsq", "ema"])
-def test_two_processes_match_one_with_the_same_data(worldmodel_path, tmp_path, quantizer):
+@pytest.mark.parametrize("quantizer, launch", [("fsq", fork_ranks), ("ema", fork_ranks), SLOW])
+def test_two_processes_match_one_with_the_same_data(worldmodel_path, tmp_path, quantizer, launch):
     """Actions are the likeliest ones, and no code dies, so that nothing depends on who draws which random number."""
     driver = tmp_path / "driver.py"
     driver.write_text(f"""
@@ -350,9 +376,10 @@ args = script.Args(
 result = script.train(args)
 torch.save(agents[0].state_dict(), {str(tmp_path)!r} + f"/weights_{{world}}_{{rank}}.pt")
 """)
-    assert_two_processes_match_one(driver)
+    assert_two_processes_match_one(driver, launch)
 
 
+@pytest.mark.slow
 def test_cartpole_is_learnt_in_a_minute(worldmodel, tmp_path):
     """Clearly better than random after 16,000 steps; the model forecasts better than "nothing changes"."""
     args = worldmodel.Args(total_timesteps=16_000, num_steps=64, context=8, checkpoint_every=0, runs_dir=str(tmp_path))

@@ -1,14 +1,18 @@
-"""`pytest --script my_copy.py` runs the suite on a copy of a training script, and only that script's part of it."""
+"""`pytest --script my_copy.py` runs the suite on a copy of a training script, and only that script's part of it. This
+file lies here, and not in tests/, because pytest takes `my_copy.py` for a test until it has read it."""
 
 import importlib.util
+import multiprocessing
+import os
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; the tests run in several processes
+pytest.register_assert_rewrite("helpers")
 SIGNS = {  # found there only
     "ppo_lstm_predictor.py": "class Predictor(",
     "ppo_lstm_tamiyo.py": "def cull_outcomes(",
@@ -19,6 +23,14 @@ SIGNS = {  # found there only
 
 def pytest_addoption(parser):
     parser.addoption("--script", default=None, help="the copy of a training script to test")
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()
 
 
 def path_of(request, original: str) -> Path:
@@ -33,7 +45,6 @@ def module_of(path: Path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    torch.set_num_threads(1)
     return module
 
 
