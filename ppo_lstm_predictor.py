@@ -28,7 +28,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean
 from typing import Literal, NamedTuple
 
 import gymnasium as gym
@@ -60,12 +60,10 @@ class Args:  # the comments are what --help says
     evaluate: str | None = None  # a checkpoint to evaluate, with its arguments unless others are given; no training
     eval_episodes: int = 20  # episodes of each evaluation, on seeds that are not trained on
     capture_video: bool = False  # record the evaluations' first environment to `videos/` in the run folder
-
     env_id: str = "LunarLander-v3"  # ENVIRONMENT: any Gymnasium id, also `module:Name-v0`, which imports the module
     env_kwargs: str = "{}"  # keyword arguments of `gymnasium.make`, as JSON
     vectorization: Literal["sync", "async"] = "sync"  # environments in turn, or (slow ones) each in its own process
     visible: tuple[int, ...] | None = None  # entries of the flattened observation that the policy sees; None = all
-
     total_timesteps: int = 500_000  # PPO: environment steps to train for, over all environments and processes
     learning_rate: float = 3e-3  # Adam's step size
     num_envs: int = 16  # environments of each process
@@ -81,11 +79,9 @@ class Args:  # the comments are what --help says
     vf_coef: float = 0.5  # weight of the value loss; values are in units of the returns' standard deviation
     max_grad_norm: float = 0.5  # largest norm of the gradient
     target_kl: float | None = None  # stop an update after an epoch whose mean approximate KL exceeds this; None = never
-
     recurrent: bool = True  # RECURRENCE: off zeroes the LSTM's state before every step: the same network, no memory
     lstm_hidden: int = 128  # width of the LSTM
     bptt_length: int = 0  # steps through which gradients flow; 0 = the whole episode, as far as the rollout holds it
-
     predictor: bool = True  # FORECAST: train the head that forecasts observations
     horizon: int = 50  # steps that it forecasts
     predictor_samples: int = 512  # steps that it learns from in each epoch
@@ -133,7 +129,7 @@ def make_env(args: Args, video_dir: str | Path | None = None) -> gym.Env:
 def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> VectorEnv:
     """Environments that reset themselves in the step that ends an episode; the first is filmed if there is a folder."""
     makers = [lambda i=i: make_env(args, video_dir if i == 0 else None) for i in range(num_envs)]
-    vector_class = AsyncVectorEnv if args.vectorization == "async" else SyncVectorEnv
+    vector_class = {"sync": SyncVectorEnv, "async": AsyncVectorEnv}[args.vectorization]
     return vector_class(makers, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
 
 
@@ -172,10 +168,9 @@ class RunningMeanStd(nn.Module):
 
 
 class Agent(nn.Module):
-    """encoder -> LSTM -> actor and critic, which see the encoder's output beside the LSTM's. obs [..., D + A] is the
-    flattened observation and the action before it, zeros at an episode's start. The state [N, 2, F] is the LSTM's
-    (h, c). Values are normalised; `return_stats.denormalize` gives units of reward. Parameters of the policy [..., P]
-    are logits, side by side for MultiDiscrete, or means, then log standard deviations."""
+    """encoder -> LSTM -> actor and critic, which see both. obs [..., D + A] is the flattened observation and the action
+    before it, zeros at an episode's start; the state [N, 2, F] the LSTM's h (features) and c. Values are normalised.
+    Parameters [..., P] are logits, side by side for MultiDiscrete, or means, then log standard deviations."""
 
     def __init__(self, obs_space: gym.Space, action_space: gym.Space, args: Args):
         super().__init__()
@@ -355,9 +350,8 @@ def next_values(agent: Agent, rollout: Rollout) -> Tensor:
 
 # --- PPO
 def cut_segments(start: Tensor, bptt_length: int) -> Tensor:
-    """Lays a rollout whose episodes begin at `start` [T, N] into columns [L, S], to go through the LSTM side by side:
-    one for each environment, or for each `bptt_length` rows of it if that is not 0 (details 1 and 2). An entry is a
-    step's index into the flattened [T * N] rollout, or -1: a flush between two episodes, or padding at the end."""
+    """Columns [L, S] of steps, each of one environment, or `bptt_length` rows of it if that is not 0: indices into the
+    flattened [T * N] rollout, or -1: a flush before an episode's `start` [T, N], or padding at the end (detail 2)."""
     num_steps, num_envs = start.shape
     length = min(bptt_length or num_steps, num_steps)
     t = torch.arange(num_steps, device=start.device)[:, None]  # [T, 1]
@@ -380,7 +374,6 @@ def ppo_loss(agent: Agent, flat: Rollout, advantages: Tensor, returns: Tensor, i
     old_logprob, _ = logprob_entropy(flat.params[real], flat.action[real], agent.choices)
     log_ratio, advantage = logprob - old_logprob, advantages[real]
     ratio = log_ratio.exp()
-
     policy_loss = torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef))
     value_loss = 0.5 * (values[mask] - agent.return_stats.normalize(returns[real])) ** 2
     per_step = {  # each [M]
@@ -411,9 +404,8 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer, max_norm: float) -> 
 
 # --- predictor
 class Predictor(nn.Module):
-    """Features [B, F] and the current normalised obs [B, D + A] -> the next H normalised observations [B, H, D], in one
-    shot. An MLP gives the change from now at knots 1, 2, 3, 4, 6, 8, 11, … steps ahead, with straight lines between
-    them: sharp soon, coarse later. It starts at zero, with the forecast that nothing changes (detail 10)."""
+    """Features [B, F] and normalised obs [B, D + A] -> the next H normalised observations [B, H, D]. An MLP gives the
+    change from now, at first none, at knots 1, 2, 3, 4, 6, 8, 11, … steps ahead; between them, straight lines."""
 
     def __init__(self, agent: Agent, horizon: int, frozen: bool):
         super().__init__()
@@ -510,7 +502,7 @@ def assess(agent: Agent, predictor: Predictor, args: Args, video_dir: Path) -> t
     scores = {
         "eval/episodes": len(episodes),
         "eval/episodic_return": fmean(likeliest),
-        "eval/return_std": pstdev(likeliest),
+        "eval/return_std": float(np.std(likeliest)),
         "eval/return_sampled": fmean(sampled),
         "eval/return_memoryless": fmean(memoryless),
     }
@@ -629,7 +621,7 @@ def train(args: Args) -> dict:
     seed = args.seed + rank * args.num_envs + counters["global_step"]  # resumed, environments start new episodes
     rng, predictor_rng = (torch.Generator(device).manual_seed(seed) for _ in range(2))
     history = deque(maxlen=1 + math.ceil(args.horizon / args.num_steps))  # rollouts: the oldest one's future is known
-    steps_per_update, stop = world * args.num_envs * args.num_steps, False
+    batch_size, stop = world * args.num_envs * args.num_steps, False
     envs = make_envs(args, args.num_envs)
     player = play(envs, agent, seed)
     try:
@@ -676,7 +668,7 @@ def train(args: Args) -> dict:
 
             # --- statistics, counters
             agent.update_statistics(flat.obs, returns)
-            counters["global_step"] += steps_per_update
+            counters["global_step"] += batch_size
             counters["seconds"] += time.perf_counter() - started
             done = counters["global_step"] >= args.total_timesteps
             stop = bool(all_mean(torch.tensor(float(len(signals)), device=device))) and not done
@@ -698,10 +690,9 @@ def train(args: Args) -> dict:
             if scalars["losses/first_ratio_error"] > 1e-3:
                 bar.write("warning: rollout and update compute different log-probabilities", file=sys.stderr)
             bar.set_postfix_str(f"return {counters['train_return_mean']:.1f}", refresh=False)
-            bar.update(min(steps_per_update, bar.total - bar.n))
+            bar.update(min(batch_size, bar.total - bar.n))
             log_scalars(writer, scalars, counters["global_step"])
-            every = args.checkpoint_every * steps_per_update
-            due = done or (every and counters["global_step"] % every == 0)
+            due = done or (args.checkpoint_every and counters["global_step"] // batch_size % args.checkpoint_every == 0)
             if due or stop:
                 save(run_dir / "checkpoint.pt", parts, counters, args)
             if due and not stop:

@@ -20,6 +20,7 @@ from helpers import (
     assert_ends_reach_the_advantages,
     assert_refused,
     assert_two_processes_match_one,
+    blank_figure,
     checkpoints_equal,
     environment,
     run,
@@ -28,6 +29,11 @@ from helpers import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_predictor import small_run
 from toys import ACTION_SPACES, scalars
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(script, monkeypatch):
+    monkeypatch.setattr(script, "forecast_figure", blank_figure)
 
 
 @pytest.fixture(scope="module")

@@ -21,20 +21,3 @@ def test_memory_is_learnt_and_used(script, tmp_path):
     curves = scalars(result["run_dir"])
     assert max(error for _, error in curves["losses/first_ratio_error"]) < 1e-4
     assert curves["predictor/loss"][-1][1] < curves["predictor/loss"][0][1]
-
-
-def test_tamiyo_learns_to_remember(tamiyo, tmp_path):
-    """What was seen three steps ago is the answer: without memory, chance is 0.5."""
-    args = tamiyo.Args(
-        env_id="toys:Recall-v0",
-        total_timesteps=20_000,
-        num_envs=16,
-        num_steps=32,
-        lstm_hidden=32,
-        eval_episodes=100,
-        checkpoint_every=0,
-        runs_dir=str(tmp_path),
-    )
-    result = tamiyo.train(args)
-    assert result["eval_return_memoryless"] < 0.7
-    assert result["eval_return_mean"] > 0.95

@@ -5,8 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers import blank_figure
 from test_exact import play
 from toys import Pendulum, same_but_for_time, scalars
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(script, monkeypatch):
+    monkeypatch.setattr(script, "forecast_figure", blank_figure)
+
 
 SMALL = {"num_envs": 2, "num_minibatches": 2, "lstm_hidden": 8, "eval_episodes": 4, "checkpoint_every": 3}
 
@@ -124,11 +131,12 @@ def test_10_skill_by_hand(script):
 
 
 @pytest.mark.parametrize("num_steps", [1, 2])
-def test_10_skill_of_the_shortest_evaluations(script, num_steps):
+def test_10_skill_of_the_shortest_evaluations(script, num_steps, monkeypatch):
     _, agent, (rollout, _) = play(script, num_steps=num_steps)
     rmse, _ = script.forecast_skill(agent, script.Predictor(agent, 5, True), rollout, 64)
     assert rmse[0].isfinite() and rmse[num_steps:].isnan().all()
-    script.forecast_figure(agent, script.Predictor(agent, 5, True), rollout)
+    monkeypatch.undo()
+    assert len(script.forecast_figure(agent, script.Predictor(agent, 5, True), rollout).axes) == 4
 
 
 @pytest.mark.parametrize("changes", [{}, {"env_id": "CartPole-v1", "env_kwargs": "{}"}])

@@ -37,8 +37,8 @@ def test_use_it_from_python(script, script_path, tmp_path, monkeypatch):
         with torch.no_grad():
             params, _, state = agent.step(torch.from_numpy(obs), state)
         exported_params, exported = session.run(None, {"obs": obs, "state": exported})
-        np.testing.assert_allclose(exported_params, params, atol=1e-5)
-        np.testing.assert_allclose(exported, state, atol=1e-5)
+        np.testing.assert_allclose(exported_params, params, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(exported, state, rtol=1e-5, atol=1e-5)
 
 
 def gru_of(source: str) -> str:
