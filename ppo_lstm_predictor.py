@@ -69,9 +69,9 @@ class Args:  # the comments are what --help says
     num_envs: int = 16  # environments of each process
     num_steps: int = 128  # steps of each environment per rollout
     anneal_lr: bool = True  # lower the learning rates linearly to 0
-    gamma: float = 0.995  # discount factor
+    gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
-    num_minibatches: int = 4  # minibatches per epoch; at most num_envs
+    num_minibatches: int = 8  # minibatches per epoch; at most num_envs
     update_epochs: int = 4  # passes over each rollout
     norm_adv: bool = True  # normalise the advantages of each rollout
     clip_coef: float = 0.2  # clip range of the probability ratio
@@ -80,7 +80,7 @@ class Args:  # the comments are what --help says
     max_grad_norm: float = 0.5  # largest norm of the gradient
     target_kl: float | None = None  # stop an update after an epoch whose mean approximate KL exceeds this; None = never
     recurrent: bool = True  # RECURRENCE: off zeroes the LSTM's state before every step: the same network, no memory
-    lstm_hidden: int = 128  # width of the LSTM
+    lstm_hidden: int = 192  # width of the LSTM
     bptt_length: int = 0  # steps through which gradients flow; 0 = the whole episode, as far as the rollout holds it
     predictor: bool = True  # FORECAST: train the head that forecasts observations
     horizon: int = 50  # steps that it forecasts
@@ -185,13 +185,18 @@ class Agent(nn.Module):
         self.encoder, self.lstm = nn.Linear(len(seen), 64), nn.LSTM(64, self.width)
         self.actor, self.critic = nn.Linear(64 + self.width, action_size), nn.Linear(64 + self.width, 1)
         self.log_std = nn.Parameter(torch.full((action_size,), -0.5)) if not self.choices else None
-        for layer, gain in ((self.encoder, math.sqrt(2)), (self.actor, 0.0), (self.critic, 1.0)):
+        for layer, gain in ((self.encoder, math.sqrt(2)), (self.actor, 0.01), (self.critic, 1.0)):
             nn.init.orthogonal_(layer.weight, gain)
             nn.init.zeros_(layer.bias)
         for name, weight in self.lstm.named_parameters():
             for part in weight.data.chunk(4):  # one for each gate: input, forget, cell, output
                 nn.init.zeros_(part) if "bias" in name else nn.init.orthogonal_(part)
-        self.lstm.bias_ih_l0.data[self.width : 2 * self.width] = 1  # the forget gate starts open: memories last
+        bias, quick = self.lstm.bias_ih_l0.data.view(4, -1), self.width // 3
+        bias[1] = (
+            1  # forget gates start open: memories last. But a third of the units echoes the last steps (detail 13)
+        )
+        bias[:, :quick] = torch.tensor([[1.0], [-1.0], [0.0], [1.0]])
+        self.lstm.weight_hh_l0.data.view(4, self.width, -1)[2, :quick] *= 1.5
         shut = torch.tensor([-1e9, -1e9, 0.0, 0.0]).repeat_interleave(self.width)  # input and forget gate
         self.register_buffer("shut", shut[:, None], persistent=False)
 
