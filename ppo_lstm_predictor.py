@@ -189,14 +189,12 @@ class Agent(nn.Module):
             nn.init.orthogonal_(layer.weight, gain)
             nn.init.zeros_(layer.bias)
         for name, weight in self.lstm.named_parameters():
-            for part in weight.data.chunk(4):  # one for each gate: input, forget, cell, output
+            for part in weight.data.chunk(4):  # input, forget, cell, output gate
                 nn.init.zeros_(part) if "bias" in name else nn.init.orthogonal_(part)
-        bias, quick = self.lstm.bias_ih_l0.data.view(4, -1), self.width // 3
-        bias[1] = (
-            1  # forget gates start open: memories last. But a third of the units echoes the last steps (detail 13)
-        )
-        bias[:, :quick] = torch.tensor([[1.0], [-1.0], [0.0], [1.0]])
-        self.lstm.weight_hh_l0.data.view(4, self.width, -1)[2, :quick] *= 1.5
+        quick = self.width // 3  # these units start as an echo of the last steps, the others forget slowly (detail 13)
+        gates = torch.tensor([[1.0, -1.0, 0.0, 1.0]] * quick + [[0.0, 1.0, 0.0, 0.0]] * (self.width - quick))
+        self.lstm.bias_ih_l0.data.copy_(gates.T.flatten())
+        self.lstm.weight_hh_l0.data[2 * self.width :][:quick] *= 1.5
         shut = torch.tensor([-1e9, -1e9, 0.0, 0.0]).repeat_interleave(self.width)  # input and forget gate
         self.register_buffer("shut", shut[:, None], persistent=False)
 
@@ -222,9 +220,8 @@ class Agent(nn.Module):
         return *self.heads(encoded, state[:, 0], action_mask), state
 
     def unroll(self, obs: Tensor, state: Tensor, flush: Tensor, action_mask: Tensor | None) -> tuple[Tensor, ...]:
-        """S columns of L steps: obs [L, S, D + A], state [S, 2, F] before their first step, action_mask [L, S, A] ->
-        parameters [L, S, P], values [L, S]. A step that `flush` [L, S] marks leaves the initial state: one more input
-        shuts the LSTM's input and forget gates, which also keeps gradients out (detail 2)."""
+        """obs [L, S, D + A], state [S, 2, F], action_mask [L, S, A] -> parameters [L, S, P], values [L, S]. A step with
+        `flush` [L, S] leaves the initial state: one more input shuts the input and forget gates (detail 2)."""
         encoded = self.encoder(self.normalize_obs(obs)[..., self.seen]).tanh()
         w_input, *weights = self.lstm.all_weights[0]
         x, w_input = torch.cat((encoded, flush[..., None]), -1), torch.cat((w_input, self.shut), 1)
@@ -343,8 +340,7 @@ def collect(player: Iterator[tuple], num_steps: int) -> tuple[Rollout, list[Epis
 
 @torch.no_grad()
 def next_values(agent: Agent, rollout: Rollout) -> Tensor:
-    """Normalised V of the observation after each step [T, N]: the next row's value or, behind a truncation and the last
-    row, that of `next_obs` under the state that the stored one leads to (detail 5)."""
+    """Normalised V after each step [T, N]: the next row's or, if truncated or last, that of `next_obs` (detail 5)."""
     values, cut = rollout.value.roll(-1, 0), rollout.truncated.clone()
     cut[-1] = True
     *_, state = agent.step(rollout.obs[cut], rollout.state[cut])
@@ -484,8 +480,7 @@ def forecast_figure(agent: Agent, predictor: Predictor, rollout: Rollout) -> Fig
 
 # --- evaluate, save, load
 def evaluate(agent: Agent, args: Args, video_dir: Path | None = None, **how) -> tuple[list[Episode], Rollout]:
-    """Plays `eval_episodes` episodes, as many on each environment (a fixed time would favour short ones), on seeds that
-    are not trained on, unless a signal cuts it short; gives them, and the last 2,000 steps."""
+    """`eval_episodes` episodes, as many of each environment, on seeds not trained on, and the last 2,000 steps."""
     num_envs = min(args.eval_episodes, args.num_envs)
     left = [len(range(n, args.eval_episodes, num_envs)) for n in range(num_envs)]  # episodes to play
     steps, episodes = deque(maxlen=2000), []
