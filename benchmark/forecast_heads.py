@@ -23,27 +23,28 @@ import ppo_lstm_predictor as script  # noqa: E402
 class Linear(script.Predictor):
     """One linear layer to every step of the horizon."""
 
-    def __init__(self, feature_size: int, obs_size: int, horizon: int):
-        super().__init__(feature_size, obs_size, horizon)
-        self.hidden, self.head = nn.Identity(), nn.Linear(feature_size + obs_size, obs_size * len(self.basis))
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+    def __init__(self, agent: script.Agent, horizon: int, frozen: bool):
+        super().__init__(agent, horizon, frozen)
+        self.head = nn.Linear(self.hidden.in_features, self.head.out_features)
+        self.hidden = nn.Identity()
+        for weight in self.head.parameters():
+            nn.init.zeros_(weight)
 
     def forward(self, features: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
         changes = self.head(torch.cat((features, obs), -1)).unflatten(-1, (self.obs_size, -1)) @ self.basis
-        return obs.unsqueeze(-2) + changes.transpose(-1, -2)
+        return obs[:, None, : self.obs_size] + changes.transpose(-1, -2)
 
 
 def with_basis(base: type, make_basis) -> type:
     """A head like `base` with other functions [K, H] of the steps ahead than straight lines between knots."""
 
     class Head(base):
-        def __init__(self, feature_size: int, obs_size: int, horizon: int):
-            super().__init__(feature_size, obs_size, horizon)
+        def __init__(self, agent: script.Agent, horizon: int, frozen: bool):
+            super().__init__(agent, horizon, frozen)
             self.register_buffer("basis", make_basis(horizon), persistent=False)
-            self.head = nn.Linear(self.head.in_features, obs_size * len(self.basis))
-            nn.init.zeros_(self.head.weight)
-            nn.init.zeros_(self.head.bias)
+            self.head = nn.Linear(self.head.in_features, self.obs_size * len(self.basis))
+            for weight in self.head.parameters():
+                nn.init.zeros_(weight)
 
     return Head
 
@@ -62,10 +63,10 @@ HEADS = {
     "linear to every step": with_basis(Linear, torch.eye),
 }
 
-parser = argparse.ArgumentParser()
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--head", choices=HEADS, default="mlp to knots")
 parser.add_argument("--learning-rate", type=float, default=3e-3)
-parser.add_argument("--samples", type=int)
+parser.add_argument("--samples", type=int, default=512)
 parser.add_argument("--horizon", type=int, default=200)
 parser.add_argument("--seed", type=int, default=1)
 parser.add_argument("--total-timesteps", type=int, default=500_000)

@@ -2,7 +2,7 @@
 
     python benchmark/learning.py cartpole        # 3 minutes
     python benchmark/learning.py bptt            # 3 minutes
-    python benchmark/learning.py lander          # 8 minutes
+    python benchmark/learning.py lander          # 5 minutes
     python benchmark/learning.py flycraft        # 10 minutes; needs requirements-envs.txt
     python benchmark/learning.py kuhn            # 4 minutes
     python benchmark/learning.py leduc           # 25 minutes
@@ -33,7 +33,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 HERE = Path(__file__).parent
 CARTPOLE = "ppo_lstm_predictor.py --env-id CartPole-v1 --visible 0 2 --total-timesteps 100000 --eval-episodes 100"
-LANDER = "ppo_lstm_predictor.py --horizon 200 --total-timesteps 1000000 --eval-episodes 100 --checkpoint-every 0"
+LANDER = "ppo_lstm_predictor.py --horizon 200 --eval-episodes 100 --checkpoint-every 0"
 FLYCRAFT = "ppo_lstm_predictor.py --env-id environments.flycraft:FlyCraftEasy-v0 --vectorization async"
 SELFPLAY = "sequence_ppo_selfplay.py --eval-episodes 1000 --elo-games 0"
 KUHN = "--total-timesteps 1500000 --ref-kl-coef 0.5 --ref-rate 0.05 --ent-coef-final 0.005"
@@ -60,7 +60,6 @@ TASKS = {  # task: (seeds, title, {label: command}), and what is plotted if not 
         {
             "whole rollouts": f"{CARTPOLE} --no-predictor",
             "8 steps": f"{CARTPOLE} --no-predictor --bptt-length 8",
-            "8 steps, refreshed states": f"{CARTPOLE} --no-predictor --bptt-length 8 --refresh-states",
         },
     ),
     "lander": (range(1, 4), "LunarLander-v3", {"PPO-LSTM with predictor, horizon 200": LANDER}),
