@@ -85,9 +85,13 @@ def run(task: str, variant: str, seed: int) -> None:
         writer.writerow(row)
 
 
+def read() -> list[dict[str, str]]:
+    return list(csv.DictReader(PATH.read_text().splitlines())) if PATH.exists() else []
+
+
 def table() -> None:
     """Means over seeds: likeliest / sampled actions."""
-    rows = list(csv.DictReader(open(PATH)))
+    rows = read()
     print(f"| | {' | '.join(TASKS)} |\n|---|---|---|")
     for variant in VARIANTS:
         cells = []
@@ -109,7 +113,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.run:
         return run(*args.run[:2], int(args.run[2]))
-    done = {(row["task"], row["variant"], row["seed"]) for row in csv.DictReader(open(PATH))} if PATH.exists() else ()
+    done = {(row["task"], row["variant"], row["seed"]) for row in read()}
     jobs = [(task, variant, str(seed)) for seed in args.seeds for variant in VARIANTS for task in args.tasks]
     jobs = [] if args.table else [job for job in jobs if job not in done]
     with ThreadPoolExecutor(args.jobs) as pool:
