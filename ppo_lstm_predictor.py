@@ -65,7 +65,7 @@ class Args:  # the comments are what --help says
     vectorization: Literal["sync", "async"] = "sync"  # environments in turn, or (slow ones) each in its own process
     visible: tuple[int, ...] | None = None  # entries of the flattened observation that the policy sees; None = all
     total_timesteps: int = 500_000  # PPO: environment steps to train for, over all environments and processes
-    learning_rate: float = 3e-3  # Adam's step size
+    learning_rate: float = 2e-3  # Adam's step size
     num_envs: int = 16  # environments of each process
     num_steps: int = 128  # steps of each environment per rollout
     anneal_lr: bool = True  # lower the learning rates linearly to 0
