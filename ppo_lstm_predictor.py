@@ -143,7 +143,7 @@ def all_mean(x: Tensor) -> Tensor:
 
 
 class RunningMeanStd(nn.Module):
-    """Of a stream of batches over all processes (Chan et al. 1979). Beyond `memory` samples, older ones fade."""
+    """Of all batches so far, of all processes (Chan et al. 1979). Beyond `memory` samples, older ones fade."""
 
     def __init__(self, shape: tuple[int, ...], memory: float = math.inf):
         super().__init__()
@@ -178,7 +178,7 @@ class Agent(nn.Module):
         self.choices = [int(n) for n in np.ravel(getattr(action_space, "nvec", getattr(action_space, "n", ())))]
         self.names = entry_names(obs_space)  # of the D entries of an observation
         obs_size, action_size = len(self.names), gym.spaces.flatdim(action_space)
-        seen = [*(args.visible or range(obs_size)), *range(obs_size, obs_size + action_size)]
+        seen = [*(range(obs_size) if args.visible is None else args.visible), *range(obs_size, obs_size + action_size)]
         self.register_buffer("seen", torch.tensor(seen), persistent=False)
         self.obs_stats = RunningMeanStd((obs_size + action_size,))
         self.return_stats = RunningMeanStd((), memory=100_000)
@@ -190,7 +190,7 @@ class Agent(nn.Module):
             nn.init.zeros_(layer.bias)
         for name, weight in self.lstm.named_parameters():
             for part in weight.data.chunk(4):  # input, forget, cell, output gate
-                nn.init.zeros_(part) if "bias" in name else nn.init.orthogonal_(part)
+                (nn.init.zeros_ if "bias" in name else nn.init.orthogonal_)(part)
         quick = self.width // 3  # these units start as an echo of the last steps, the others forget slowly (detail 13)
         gates = torch.tensor([[1.0, -1.0, 0.0, 1.0]] * quick + [[0.0, 1.0, 0.0, 0.0]] * (self.width - quick))
         self.lstm.bias_ih_l0.data.copy_(gates.T.flatten())
@@ -293,8 +293,9 @@ def play(envs: VectorEnv, agent: Agent, seed: int, sampled: bool = True, memory:
     no_action = np.zeros((envs.num_envs, gym.spaces.flatdim(space)), np.float32)
 
     def masks(infos: dict) -> Tensor:
-        action_mask = torch.from_numpy(np.asarray(infos.get("action_mask", no_action == 0), bool))
-        for part in action_mask.split(agent.choices, -1) if "action_mask" in infos else ():
+        silent = ~infos.get("_action_mask", no_action[:, 0] > 0)[:, None]  # environments without one allow everything
+        action_mask = torch.from_numpy(np.asarray(infos.get("action_mask", no_action), bool) | silent)
+        for part in action_mask.split(agent.choices, -1) if agent.choices else ():
             for n in (~part.any(-1)).nonzero():
                 raise ValueError(f"environment {int(n)} allows no action at all")
         return action_mask.to(device)
@@ -334,8 +335,7 @@ def play(envs: VectorEnv, agent: Agent, seed: int, sampled: bool = True, memory:
 def collect(player: Iterator[tuple], num_steps: int) -> tuple[Rollout, list[Episode]]:
     """The next `num_steps` steps, and the episodes that end in them."""
     steps, ended = zip(*(next(player) for _ in range(num_steps)), strict=True)
-    rollout = Rollout(*(torch.stack(x) for x in zip(*steps, strict=True)))
-    return rollout, [episode for episodes in ended for episode in episodes]
+    return Rollout(*(torch.stack(x) for x in zip(*steps, strict=True))), [x for episodes in ended for x in episodes]
 
 
 @torch.no_grad()
@@ -344,8 +344,7 @@ def next_values(agent: Agent, rollout: Rollout) -> Tensor:
     values, cut = rollout.value.roll(-1, 0), rollout.truncated.clone()
     cut[-1] = True
     *_, state = agent.step(rollout.obs[cut], rollout.state[cut])
-    state = state if agent.recurrent else agent.initial_state(len(state))
-    _, values[cut], _ = agent.step(rollout.next_obs[cut], state)
+    _, values[cut], _ = agent.step(rollout.next_obs[cut], state if agent.recurrent else agent.initial_state(len(state)))
     return values
 
 
@@ -355,8 +354,7 @@ def cut_segments(start: Tensor, bptt_length: int) -> Tensor:
     flattened [T * N] rollout, or -1: a flush before an episode's `start` [T, N], or padding at the end (detail 2)."""
     num_steps, num_envs = start.shape
     length = min(bptt_length or num_steps, num_steps)
-    t = torch.arange(num_steps, device=start.device)[:, None]  # [T, 1]
-    n = torch.arange(num_envs, device=start.device)  # [N]
+    t, n = torch.arange(num_steps, device=start.device)[:, None], torch.arange(num_envs, device=start.device)
     flushes = (start & (t % length > 0)).cumsum(0)  # [T, N]
     flushes = flushes - flushes[t[:, 0] - t[:, 0] % length]  # of this column, up to here
     row, column = t % length + flushes, t // length * num_envs + n  # each [T, N]
@@ -471,9 +469,9 @@ def forecast_figure(agent: Agent, predictor: Predictor, rollout: Rollout) -> Fig
     lines = torch.stack((target, forecast)).where(known[..., None], torch.nan).cpu()  # [2, 4, H, D]
     figure = Figure(figsize=(10, 8), layout="constrained")
     for i, axis in enumerate(figure.subplots(min(4, predictor.obs_size), squeeze=False)[:, 0]):
-        for start, actual, forecast in zip(t.tolist(), *lines[..., i], strict=True):
+        for start, actual, line in zip(t.tolist(), *lines[..., i], strict=True):
             ahead = range(start + 1, start + 1 + predictor.horizon)
-            axis.plot(ahead, actual, "black", ahead, forecast, "C0")
+            axis.plot(ahead, actual, "black", ahead, line, "C0")
         axis.set(ylabel=f"{agent.names[i]} (std)", xlabel="step; black what came, blue forecasts")
     return figure
 
@@ -506,10 +504,12 @@ def assess(agent: Agent, predictor: Predictor, args: Args, video_dir: Path) -> t
         "eval/return_sampled": fmean(sampled),
         "eval/return_memoryless": fmean(memoryless),
     }
-    if episodes and episodes[0].success is not None:
-        scores["eval/success_rate"] = fmean(episode.success for episode in episodes)
+    if any(episode.success is not None for episode in episodes):
+        scores["eval/success_rate"] = fmean(bool(episode.success) for episode in episodes)
+    if not args.predictor:
+        return scores, Figure()
     rmse, skill = forecast_skill(agent, predictor, rollout, 2048)
-    for k in sorted({k for k in (1, 10, 50, args.horizon) if args.predictor and k <= args.horizon}):
+    for k in sorted({k for k in (1, 10, 50, args.horizon) if k <= args.horizon}):
         scores |= {f"predictor/rmse_k{k}": float(rmse[k - 1]), f"predictor/skill_k{k}": float(skill[k - 1])}
     return scores, forecast_figure(agent, predictor, rollout)
 
@@ -559,7 +559,7 @@ def setup(env: gym.Env, args: Args) -> tuple[torch.device, int, int, dict]:
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo")
     torch.set_num_threads(args.torch_threads)
-    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
     torch.manual_seed(args.seed)  # for the weights; whatever is random later draws from a generator of its own
     agent = Agent(env.observation_space, env.action_space, args).to(device)
     predictor = Predictor(agent, args.horizon, args.freeze_extractor).to(device)
@@ -579,9 +579,10 @@ def open_run(args: Args, global_step: int) -> tuple[Path, SummaryWriter]:
         (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
     except OSError as error:
         raise InputError(f"cannot write to {run_dir}: {error.strerror}") from error
-    shutil.copy(__file__, run_dir)
-    for package in {"common", "environments"} & sys.modules.keys():
-        shutil.copytree(sys.modules[package].__path__[0], run_dir / package, dirs_exist_ok=True)
+    if not args.resume:
+        shutil.copy(__file__, run_dir)
+        for package in {"common", "environments"} & sys.modules.keys():
+            shutil.copytree(sys.modules[package].__path__[0], run_dir / package)
     print(f"run folder: {run_dir}", file=sys.stderr)
     writer = SummaryWriter(run_dir, purge_step=global_step + 1)
     writer.add_text("args", f"```\n{json.dumps(asdict(args), indent=2)}\n```")
@@ -592,14 +593,14 @@ def summary(run_dir: Path, env: gym.Env, counters: dict, scores: dict) -> dict:
     """The closing JSON object; None where there is no number."""
     scores = {tag.replace("episodic_return", "return_mean").replace("/", "_"): x for tag, x in scores.items()}
     result = {"run_dir": str(run_dir), "solved": env.spec.reward_threshold} | counters | scores
-    return {name: None if x != x else x for name, x in result.items() if name != "recent"}
+    result = {name: round(x, 4) if isinstance(x, float) else x for name, x in result.items() if name != "recent"}
+    return {name: None if x in (math.inf, -math.inf) or x != x else x for name, x in result.items()}
 
 
 def train(args: Args) -> dict:
     """Trains, evaluates the final weights and returns the closing summary, empty if a signal came first. Raises
     InputError, before any work, for what cannot be; any other exception leaves the last checkpoint as it is."""
-    env = check(args)
-    device, rank, world, parts = setup(env, args)
+    device, rank, world, parts = setup(env := check(args), args)
     agent, predictor, optimizer, predictor_optimizer = parts.values()
     counters = {"global_step": 0, "seconds": 0.0, "recent": []}  # recent: returns of the last 100 episodes
     if args.evaluate or args.init_from:
@@ -657,7 +658,7 @@ def train(args: Args) -> dict:
 
             # --- predictor, as soon as the oldest rollout's future is known
             if args.predictor and len(history) == history.maxlen:
-                log_error = forecast_skill(agent, predictor, rollout, 128)[0][:1].log()  # of one step
+                log_error = forecast_skill(agent, predictor, rollout, 101)[0][:1].clamp(min=1e-6).log()  # of one step
                 scalars["predictor/drift"] = predictor.drift(log_error)
                 for _ in range(args.update_epochs):
                     some = torch.randperm(len(returns), generator=predictor_rng, device=device)
@@ -666,7 +667,7 @@ def train(args: Args) -> dict:
                     descend(loss, predictor_optimizer, args.max_grad_norm)
                 scalars["predictor/loss"] = float(all_mean(loss.detach()))
 
-            # --- statistics, counters
+            # --- statistics, log, save, evaluate
             agent.update_statistics(flat.obs, returns)
             counters["global_step"] += batch_size
             counters["seconds"] += time.perf_counter() - started
@@ -674,8 +675,6 @@ def train(args: Args) -> dict:
             stop = bool(all_mean(torch.tensor(float(len(signals)), device=device))) and not done
             if rank > 0:
                 continue
-
-            # --- log, save, evaluate
             totals = [episode.total for episode in episodes]
             if not counters["recent"]:
                 counters["first_return_mean"] = fmean(totals or [math.nan])
@@ -697,8 +696,8 @@ def train(args: Args) -> dict:
                 save(run_dir / "checkpoint.pt", parts, counters, args)
             if due and not stop:
                 scores, figure = assess(agent, predictor, args, run_dir / "videos")
-                if signals:  # which cut it short
-                    break
+                if signals:  # which cut it short; the next update hears of them on all ranks
+                    continue
                 figure.savefig(run_dir / "forecast.png")
                 writer.add_figure("predictor/forecast", figure, counters["global_step"])
                 log_scalars(writer, scores, counters["global_step"])
@@ -713,7 +712,7 @@ def train(args: Args) -> dict:
             writer.close()
             if counters["global_step"] < args.total_timesteps:
                 print(f"continue with: python {sys.argv[0]} --resume {run_dir}", file=sys.stderr)
-    return {} if rank > 0 or signals else summary(run_dir, env, counters, scores)
+    return {} if rank > 0 or stop or signals else summary(run_dir, env, counters, scores)
 
 
 def main() -> None:
@@ -740,7 +739,8 @@ def main() -> None:
     if received:
         sys.exit(128 + received[0])
     if result:
-        print("first episodes {first_return_mean} | now {eval_return_mean} | solved {solved}".format(**result))
+        first, now, solved = map(result.get, ("first_return_mean", "eval_return_mean", "solved"))
+        print(f"first {first} | now {now} | solved {solved}")
         print(f"watch: tensorboard --logdir {args.runs_dir}")
         print(f"evaluate: python {sys.argv[0]} --evaluate {result['run_dir']}/checkpoint.pt")
         print(json.dumps(result))

@@ -12,7 +12,7 @@ def flatten(space: spaces.Space, batch) -> np.ndarray:
     if isinstance(space, spaces.Tuple):
         return np.concatenate([flatten(part, column) for part, column in zip(space, batch, strict=True)], axis=1)
     if isinstance(space, spaces.Discrete):
-        return np.eye(space.n, dtype=np.float32)[np.asarray(batch) - space.start]
+        return (np.asarray(batch)[:, None] == space.start + np.arange(space.n)).astype(np.float32)
     if isinstance(space, spaces.MultiDiscrete):
         columns = (np.asarray(batch) - space.start).reshape(len(batch), -1)  # [N, entries]
         one_hots = [np.eye(n, dtype=np.float32)[columns[:, i]] for i, n in enumerate(space.nvec.flat)]
