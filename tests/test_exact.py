@@ -444,14 +444,3 @@ def test_nested_observations_masks_and_success(script, tmp_path):
 def test_vector_environments_are_gymnasiums(script):
     envs = script.make_envs(script.Args(env_id="CartPole-v1"), 2)
     assert isinstance(envs, SyncVectorEnv) and envs.metadata["autoreset_mode"].name == "SAME_STEP"
-
-
-def test_13_first_weights(script):
-    """Two thirds of the units with an open forget gate, a third that echoes what it hears."""
-    _, agent, _ = play(script, num_rollouts=0, lstm_hidden=9)
-    bias = agent.lstm.bias_ih_l0.view(4, 9)  # input, forget, cell, output gate
-    assert bias[:, :3].T.tolist() == [[1, -1, 0, 1]] * 3 and bias[:, 3:].T.tolist() == [[0, 1, 0, 0]] * 6
-    for gate, weight in enumerate(agent.lstm.weight_hh_l0.view(4, 9, 9)):
-        scale = torch.ones(9)
-        scale[:3] = 1.5 if gate == 2 else 1.0
-        torch.testing.assert_close(weight @ weight.T, torch.diag(scale**2), atol=1e-5, rtol=0)
