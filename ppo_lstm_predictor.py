@@ -84,7 +84,7 @@ class Args:  # the comments are what --help says
     bptt_length: int = 0  # steps through which gradients flow; 0 = the whole episode, as far as the rollout holds it
     predictor: bool = True  # FORECAST: train the head that forecasts observations
     horizon: int = 50  # steps that it forecasts
-    predictor_samples: int = 512  # steps that it learns from in each epoch
+    predictor_samples: int = 256  # steps that it learns from in each epoch
     predictor_learning_rate: float = 3e-3  # step size of the predictor's Adam
     freeze_extractor: bool = True  # train the head only, which leaves PPO as it is; off = encoder and LSTM learn too
 

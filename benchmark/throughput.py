@@ -24,7 +24,7 @@ import torch
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-TASK = {"env_id": "CartPole-v1", "visible": (0, 2), "num_envs": 16, "num_steps": 128, "num_minibatches": 4}
+TASK = {"env_id": "CartPole-v1", "visible": (0, 2), "num_minibatches": 4, "lstm_hidden": 128}
 BATCH = 16 * 128
 
 
