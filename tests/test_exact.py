@@ -8,12 +8,11 @@ import pytest
 import torch
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 from gymnasium.vector import SyncVectorEnv
+from helpers import MIXED, assert_statistics_are_those_of_all_data, disturb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Categorical, Normal
 from toys import gradients
-
-MIXED = {"lengths": (3, 1, 7, 40, 2), "ends": ("terminated", "truncated", "both")}
 
 
 def play(script, num_steps=24, num_rollouts=2, seed=1, dtype=torch.float32, env=MIXED, **changes):
@@ -84,13 +83,6 @@ def columns_of(script, rollout, args):
 def loss_of(script, agent, rollout, advantages, returns, args, index=None):
     index = columns_of(script, rollout, args) if index is None else index
     return script.ppo_loss(agent, flat(rollout), advantages.flatten(), returns.flatten(), index, args)
-
-
-def disturb(agent):
-    """Weights other than those that collected the rollout, so that ratios differ from 1 and some are clipped."""
-    with torch.no_grad():
-        for weight in agent.parameters():
-            weight += 0.1 * torch.randn_like(weight)
 
 
 def assert_is_the_loop(script, args, agent, rollout):
@@ -346,13 +338,7 @@ def test_07_the_mask_reaches_the_update(script):
 
 
 def test_08_statistics_are_those_of_all_data(script):
-    stats, batches = script.RunningMeanStd((3,)), [torch.randn(n, 3) * 4 + 7 + n / 50 for n in (5, 1, 300)]
-    for batch in batches:
-        stats.update(batch)
-    everything = torch.cat(batches)
-    torch.testing.assert_close(stats.mean, everything.mean(0), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(stats.std, everything.std(0, unbiased=False), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(stats.denormalize(stats.normalize(everything)), everything)
+    assert_statistics_are_those_of_all_data(script)
 
 
 def test_08_popart_keeps_the_values(script):
