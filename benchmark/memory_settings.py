@@ -97,9 +97,9 @@ def table() -> None:
         cells = []
         for task in TASKS:
             these = [row for row in rows if (row["task"], row["variant"]) == (task, variant)]
-            digits = 2 if task == "RepeatPrevious" else 0
-            means = [fmean(float(row[name]) for row in these) for name in ("eval_return_mean", "eval_return_sampled")]
-            cells.append(" / ".join(f"{mean:.{digits}f}" for mean in means) + f" ({len(these)})" if these else "")
+            digits, names = 2 if task == "RepeatPrevious" else 0, ("eval_return_mean", "eval_return_sampled")
+            means = [fmean(float(row[name]) for row in these) for name in names if these]
+            cells.append(" / ".join(f"{mean:.{digits}f}" for mean in means) + f" ({len(these)})")
         print(f"| {variant} | {' | '.join(cells)} |")
 
 
