@@ -80,7 +80,7 @@ class Args:  # the comments are what --help says
     max_grad_norm: float = 0.5  # largest norm of the gradient
     target_kl: float | None = None  # stop an update after an epoch whose mean approximate KL exceeds this; None = never
     recurrent: bool = True  # RECURRENCE: off zeroes the LSTM's state before every step: the same network, no memory
-    lstm_hidden: int = 192  # width of the LSTM
+    lstm_hidden: int = 128  # width of the LSTM
     bptt_length: int = 0  # steps through which gradients flow; 0 = the whole episode, as far as the rollout holds it
     predictor: bool = True  # FORECAST: train the head that forecasts observations
     horizon: int = 50  # steps that it forecasts
@@ -183,18 +183,22 @@ class Agent(nn.Module):
         self.obs_stats = RunningMeanStd((obs_size + action_size,))
         self.return_stats = RunningMeanStd((), memory=100_000)
         self.encoder, self.lstm = nn.Linear(len(seen), 64), nn.LSTM(64, self.width)
-        self.actor, self.critic = nn.Linear(64 + self.width, action_size), nn.Linear(64 + self.width, 1)
+        self.actor, self.critic = (
+            nn.Sequential(nn.Linear(64 + self.width, 64), nn.Tanh(), nn.Linear(64, n)) for n in (action_size, 1)
+        )
         self.log_std = nn.Parameter(torch.full((action_size,), -0.5)) if not self.choices else None
-        for layer, gain in ((self.encoder, math.sqrt(2)), (self.actor, 0.01), (self.critic, 1.0)):
+        gains = {self.encoder: 1.4, self.actor[0]: 1.4, self.actor[2]: 0.01, self.critic[0]: 1.4, self.critic[2]: 1.0}
+        for layer, gain in gains.items():
             nn.init.orthogonal_(layer.weight, gain)
             nn.init.zeros_(layer.bias)
-        for name, weight in self.lstm.named_parameters():
-            for part in weight.data.chunk(4):  # input, forget, cell, output gate
-                (nn.init.zeros_ if "bias" in name else nn.init.orthogonal_)(part)
-        quick = self.width // 3  # these units start as an echo of the last steps, the others forget slowly (detail 13)
-        gates = torch.tensor([[1.0, -1.0, 0.0, 1.0]] * quick + [[0.0, 1.0, 0.0, 0.0]] * (self.width - quick))
-        self.lstm.bias_ih_l0.data.copy_(gates.T.flatten())
-        self.lstm.weight_hh_l0.data[2 * self.width :][:quick] *= 1.5
+        w_input, w_state, *biases = (weight.data.unflatten(0, (4, -1)) for weight in self.lstm.all_weights[0])
+        for gate in (*w_input, *w_state):  # input, forget, cell and output gate
+            nn.init.orthogonal_(gate)
+        line = self.width // 2  # units that start as a delay line: 8 hear the input, each other the one 8 before it
+        w_input[[0, 1, 3], :line], w_input[2, 8:line], w_state[:, :line] = 0, 0, 0
+        w_state[2, :line, :line] = 2 * torch.ones(line, line).triu(-8).tril(-8)
+        biases[0][:], biases[1][:] = torch.tensor([[0.0], [1.0], [0.0], [0.0]]), 0  # the other units forget slowly
+        biases[0][:, :line] = torch.tensor([[1.0], [-1.0], [0.0], [1.0]])  # detail 13
         shut = torch.tensor([-1e9, -1e9, 0.0, 0.0]).repeat_interleave(self.width)  # input and forget gate
         self.register_buffer("shut", shut[:, None], persistent=False)
 
@@ -235,8 +239,9 @@ class Agent(nn.Module):
         mean, std = self.return_stats.mean.clone(), self.return_stats.std.clone()
         self.obs_stats.update(obs)
         self.return_stats.update(returns)
-        self.critic.weight.mul_(std / self.return_stats.std)
-        self.critic.bias.copy_((std * self.critic.bias + mean - self.return_stats.mean) / self.return_stats.std)
+        last = self.critic[-1]
+        last.weight.mul_(std / self.return_stats.std)
+        last.bias.copy_((std * last.bias + mean - self.return_stats.mean) / self.return_stats.std)
 
 
 def sample(params: Tensor, choices: list[int], generator: torch.Generator | None) -> Tensor:
