@@ -168,13 +168,13 @@ class RunningMeanStd(nn.Module):
 
 
 class Agent(nn.Module):
-    """encoder -> LSTM -> actor and critic, which see both. obs [..., D + A] is the flattened observation and the action
-    before it, zeros at an episode's start; the state [N, 2, F] the LSTM's h (features) and c. Values are normalised.
-    Parameters [..., P] are logits, side by side for MultiDiscrete, or means, then log standard deviations."""
+    """encoder -> LSTM -> a hidden layer that sees both -> actor, critic. obs [..., D + A] is the flattened observation
+    and the action before it, zeros at an episode's start; the state [N, 2, F] the LSTM's h (features) and c. Values are
+    normalised. Parameters [..., P] are logits, side by side for MultiDiscrete, or means, then log deviations."""
 
     def __init__(self, obs_space: gym.Space, action_space: gym.Space, args: Args):
         super().__init__()
-        self.action_space, self.recurrent, self.width = action_space, args.recurrent, args.lstm_hidden
+        self.action_space, self.recurrent, width = action_space, args.recurrent, args.lstm_hidden
         self.choices = [int(n) for n in np.ravel(getattr(action_space, "nvec", getattr(action_space, "n", ())))]
         self.names = entry_names(obs_space)  # of the D entries of an observation
         obs_size, action_size = len(self.names), gym.spaces.flatdim(action_space)
@@ -182,40 +182,37 @@ class Agent(nn.Module):
         self.register_buffer("seen", torch.tensor(seen), persistent=False)
         self.obs_stats = RunningMeanStd((obs_size + action_size,))
         self.return_stats = RunningMeanStd((), memory=100_000)
-        self.encoder, self.lstm = nn.Linear(len(seen), 64), nn.LSTM(64, self.width)
-        self.actor, self.critic = (
-            nn.Sequential(nn.Linear(64 + self.width, 64), nn.Tanh(), nn.Linear(64, n)) for n in (action_size, 1)
-        )
-        self.log_std = nn.Parameter(torch.full((action_size,), -0.5)) if not self.choices else None
-        gains = {self.encoder: 1.4, self.actor[0]: 1.4, self.actor[2]: 0.01, self.critic[0]: 1.4, self.critic[2]: 1.0}
-        for layer, gain in gains.items():
+        self.encoder, self.lstm, self.hidden = nn.Linear(len(seen), 64), nn.LSTM(64, width), nn.Linear(64 + width, 128)
+        self.actor, self.critic = nn.Linear(64, action_size), nn.Linear(64, 1)  # each sees its half of the hidden layer
+        self.log_std = nn.Parameter(torch.zeros(action_size)) if not self.choices else None
+        for layer, gain in ((self.encoder, 1.4), (self.hidden, 1.4), (self.actor, 0.01), (self.critic, 1.0)):
             nn.init.orthogonal_(layer.weight, gain)
             nn.init.zeros_(layer.bias)
         w_input, w_state, *biases = (weight.data.unflatten(0, (4, -1)) for weight in self.lstm.all_weights[0])
         for gate in (*w_input, *w_state):  # input, forget, cell and output gate
             nn.init.orthogonal_(gate)
-        line = self.width // 2  # units that start as a delay line: 8 hear the input, each other the one 8 before it
+        line = width // 2  # units that start as a delay line: 8 hear the input, each other the one 8 before it
         w_input[[0, 1, 3], :line], w_input[2, 8:line], w_state[:, :line] = 0, 0, 0
         w_state[2, :line, :line] = 2 * torch.ones(line, line).triu(-8).tril(-8)
         biases[0][:], biases[1][:] = torch.tensor([[0.0], [1.0], [0.0], [0.0]]), 0  # the other units forget slowly
-        biases[0][:, :line] = torch.tensor([[1.0], [-1.0], [0.0], [1.0]])  # detail 13
-        shut = torch.tensor([-1e9, -1e9, 0.0, 0.0]).repeat_interleave(self.width)  # input and forget gate
+        biases[0][:, :line] = torch.tensor([[1.0], [-3.0], [0.0], [1.0]])  # detail 13
+        shut = torch.tensor([-1e9, -1e9, 0.0, 0.0]).repeat_interleave(width)  # input and forget gate
         self.register_buffer("shut", shut[:, None], persistent=False)
 
     def initial_state(self, n: int) -> Tensor:
-        return torch.zeros(n, 2, self.width, device=self.seen.device)
+        return torch.zeros(n, 2, self.lstm.hidden_size, device=self.seen.device)
 
     def normalize_obs(self, obs: Tensor) -> Tensor:
         return self.obs_stats.normalize(obs).clamp(-10, 10)
 
     def heads(self, encoded: Tensor, features: Tensor, action_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        x = torch.cat((encoded, features), -1)
-        params = self.actor(x)
+        for_actor, for_critic = self.hidden(torch.cat((encoded, features), -1)).tanh().chunk(2, -1)
+        params = self.actor(for_actor)
         if self.log_std is not None:
             params = torch.cat((params, self.log_std.expand_as(params)), -1)
         elif action_mask is not None:
             params = params.masked_fill(~action_mask, torch.finfo(params.dtype).min)
-        return params, self.critic(x).squeeze(-1)
+        return params, self.critic(for_critic).squeeze(-1)
 
     def step(self, obs: Tensor, state: Tensor, action_mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """obs [N, D + A], state [N, 2, F], action_mask [N, A] -> parameters [N, P], values [N], the next state."""
@@ -236,12 +233,11 @@ class Agent(nn.Module):
     @torch.no_grad()
     def update_statistics(self, obs: Tensor, returns: Tensor) -> None:
         """Merges obs [M, D + A] and returns [M]; denormalised values stay as they are (PopArt, 1602.07714, eq. 9)."""
-        mean, std = self.return_stats.mean.clone(), self.return_stats.std.clone()
+        stats, mean, std = self.return_stats, self.return_stats.mean.clone(), self.return_stats.std.clone()
         self.obs_stats.update(obs)
-        self.return_stats.update(returns)
-        last = self.critic[-1]
-        last.weight.mul_(std / self.return_stats.std)
-        last.bias.copy_((std * last.bias + mean - self.return_stats.mean) / self.return_stats.std)
+        stats.update(returns)
+        self.critic.weight.mul_(std / stats.std)
+        self.critic.bias.copy_((std * self.critic.bias + mean - stats.mean) / stats.std)
 
 
 def sample(params: Tensor, choices: list[int], generator: torch.Generator | None) -> Tensor:
@@ -417,7 +413,7 @@ class Predictor(nn.Module):
         knots = sorted({min(horizon, round(2 ** (i / 2))) for i in range(2 * math.ceil(math.log2(horizon)) + 1)})
         hats = [np.interp(np.arange(1, horizon + 1), knots, row) for row in np.eye(len(knots))]
         self.register_buffer("basis", torch.tensor(np.array(hats), dtype=torch.float32), persistent=False)  # [knots, H]
-        self.hidden = nn.Linear(agent.width + len(agent.obs_stats.mean), 256)
+        self.hidden = nn.Linear(agent.lstm.hidden_size + len(agent.obs_stats.mean), 256)
         self.head = nn.Linear(256, self.obs_size * len(knots))
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -744,8 +740,7 @@ def main() -> None:
     if received:
         sys.exit(128 + received[0])
     if result:
-        first, now, solved = map(result.get, ("first_return_mean", "eval_return_mean", "solved"))
-        print(f"first {first} | now {now} | solved {solved}")
+        print(f"first {result.get('first_return_mean')} | now {result['eval_return_mean']} | solved {result['solved']}")
         print(f"watch: tensorboard --logdir {args.runs_dir}")
         print(f"evaluate: python {sys.argv[0]} --evaluate {result['run_dir']}/checkpoint.pt")
         print(json.dumps(result))

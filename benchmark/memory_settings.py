@@ -38,31 +38,43 @@ TASKS = {
 }
 VARIANTS = {
     "as it is": {},
-    "gamma 0.995": {"gamma": 0.995},
-    "4 minibatches": {"num_minibatches": 4},
-    "lambda 0.9": {"gae_lambda": 0.9},
-    "8 epochs": {"update_epochs": 8},
-    "no echo units": {},
-    "no echo units, LSTM of 128": {"lstm_hidden": 128},
-    "echo units only": {},
+    "no delay line": {},
+    "no hidden layer in the heads": {},
+    "neither": {},
     "without previous action": {},
+    "LSTM of 192": {"lstm_hidden": 192},
+    "learning rate 1e-3": {"learning_rate": 1e-3},
+    "gamma 0.995": {"gamma": 0.995},
+    "lambda 0.9": {"gae_lambda": 0.9},
+    "4 minibatches": {"num_minibatches": 4},
+    "8 epochs": {"update_epochs": 8},
 }
 
 
 class Agent(script.Agent):
-    """The script's, with the first weights or the inputs of a variant."""
+    """The script's, with the first weights, heads or inputs of a variant."""
 
     def __init__(self, obs_space, action_space, args):
         super().__init__(obs_space, action_space, args)
-        bias, quick = self.lstm.bias_ih_l0.data.view(4, -1), self.width // 3
-        cell = self.lstm.weight_hh_l0.data.view(4, self.width, -1)[2]
-        if args.exp_name.startswith("no echo units"):
-            bias[:] = bias[:, -1:].clone()
-            cell[:quick] /= 1.5
-        elif args.exp_name == "echo units only":
-            bias[:] = bias[:, :1].clone()
-            cell[quick:] *= 1.5
         self.sees_action = args.exp_name != "without previous action"
+        if args.exp_name in ("no delay line", "neither"):
+            w_input, w_state, bias, _ = (weight.data.unflatten(0, (4, -1)) for weight in self.lstm.all_weights[0])
+            for gate in (*w_input, *w_state):
+                torch.nn.init.orthogonal_(gate)
+            bias[:] = torch.tensor([[0.0], [1.0], [0.0], [0.0]])
+        self.direct = args.exp_name in ("no hidden layer in the heads", "neither")
+        if self.direct:
+            for name, gain in (("actor", 0.01), ("critic", 1.0)):
+                head = torch.nn.Linear(64 + args.lstm_hidden, getattr(self, name).out_features)
+                torch.nn.init.orthogonal_(head.weight, gain)
+                torch.nn.init.zeros_(head.bias)
+                setattr(self, name, head)
+
+    def heads(self, encoded, features, action_mask):
+        if not self.direct:
+            return super().heads(encoded, features, action_mask)
+        x = torch.cat((encoded, features), -1)
+        return self.actor(x), self.critic(x).squeeze(-1)
 
     def normalize_obs(self, obs):
         x = super().normalize_obs(obs)
@@ -99,7 +111,7 @@ def table() -> None:
             these = [row for row in rows if (row["task"], row["variant"]) == (task, variant)]
             digits, names = 2 if task == "RepeatPrevious" else 0, ("eval_return_mean", "eval_return_sampled")
             means = [fmean(float(row[name]) for row in these) for name in names if these]
-            cells.append(" / ".join(f"{mean:.{digits}f}" for mean in means) + f" ({len(these)})")
+            cells.append(" / ".join(f"{mean:.{digits}f}" for mean in means) + f" ({len(these)})" * bool(these))
         print(f"| {variant} | {' | '.join(cells)} |")
 
 

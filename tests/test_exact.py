@@ -23,7 +23,7 @@ def play(script, num_steps=24, num_rollouts=2, seed=1, dtype=torch.float32, env=
     torch.manual_seed(seed)
     envs = script.make_envs(args, args.num_envs)
     agent = script.Agent(envs.single_observation_space, envs.single_action_space, args)
-    torch.nn.init.normal_(agent.actor[-1].weight, std=1 / 3)  # so that the policy depends on the features
+    torch.nn.init.normal_(agent.actor.weight, std=1 / 3)  # so that the policy depends on the features
     agent.obs_stats.update(torch.randn(50, len(agent.obs_stats.mean)) * 3 + 1)
     agent.return_stats.update(torch.randn(50) * 5 + 2)
     player = script.play(envs, agent, seed)
@@ -333,7 +333,7 @@ def test_07_the_mask_reaches_the_update(script):
     rollout = rollout._replace(action_mask=torch.ones_like(rollout.action_mask), action=0 * rollout.action)
     rollout.action_mask[..., 2] = False
     loss, _ = loss_of(script, agent, rollout, *targets(rollout), args)
-    bias = torch.autograd.grad(loss, agent.actor[-1].bias)[0]
+    bias = torch.autograd.grad(loss, agent.actor.bias)[0]
     assert bias[2] == 0 and (bias[:2] != 0).all()
 
 
@@ -343,15 +343,15 @@ def test_08_statistics_are_those_of_all_data(script):
 
 def test_08_popart_keeps_the_values(script):
     _, agent, (_, rollout) = play(script)
-    x = torch.randn(40, agent.critic[0].in_features)
+    x = torch.randn(40, agent.critic.in_features)
 
     def values():
         return agent.return_stats.denormalize(agent.critic(x).squeeze(-1))
 
-    before, bias = values(), agent.critic[-1].bias.item()
+    before, bias = values(), agent.critic.bias.item()
     agent.update_statistics(rollout.obs.flatten(0, 1), torch.randn(100) * 50 + 300)
     torch.testing.assert_close(values(), before, atol=1e-3, rtol=1e-5)
-    assert agent.critic[-1].bias.item() != bias
+    assert agent.critic.bias.item() != bias
 
 
 def test_09_gaussian_density_by_numerical_integration(script):

@@ -25,12 +25,20 @@ def test_memory_is_learnt_and_used(script, tmp_path):
     assert curves["predictor/loss"][-1][1] < curves["predictor/loss"][0][1]
 
 
-def test_13_first_weights(script):
-    """Two thirds of the units with an open forget gate, a third that echoes what it hears."""
-    agent = script.Agent(Box(-1, 1, (4,)), Discrete(2), script.Args(lstm_hidden=9))
-    bias = agent.lstm.bias_ih_l0.view(4, 9)  # input, forget, cell, output gate
-    assert bias[:, :3].T.tolist() == [[1, -1, 0, 1]] * 3 and bias[:, 3:].T.tolist() == [[0, 1, 0, 0]] * 6
-    for gate, weight in enumerate(agent.lstm.weight_hh_l0.view(4, 9, 9)):
-        scale = torch.ones(9)
-        scale[:3] = 1.5 if gate == 2 else 1.0
-        torch.testing.assert_close(weight @ weight.T, torch.diag(scale**2), atol=1e-5, rtol=0)
+def test_13_half_of_the_lstm_starts_as_a_delay_line(script):
+    """A pulse in the input is strongest in the first eight units at once, in the next eight a step later, and so on."""
+    agent = script.Agent(Box(-1, 1, (4,)), Discrete(2), script.Args(lstm_hidden=65))
+    pulse, silence = torch.zeros(2, 4, 6)
+    pulse[0] = 1.0
+    features = []
+    for obs in (pulse, silence):
+        state, line = agent.initial_state(1), []
+        for x in obs[:, None]:
+            *_, state = agent.step(x, state)
+            line.append(state[0, 0, :32].view(4, 8).detach())
+        features.append(torch.stack(line))  # [step, delay, 8]
+    strength = (features[0] - features[1]).norm(dim=-1)
+    assert strength.argmax(1).tolist() == [0, 1, 2, 3]
+    assert (strength.triu(1) == 0).all() and strength[3, 3] > strength[0, 0] / 2
+    bias = agent.lstm.bias_ih_l0.view(4, 65)  # input, forget, cell, output gate
+    assert bias[:, 32:].T.tolist() == [[0, 1, 0, 0]] * 33

@@ -40,7 +40,7 @@ def walk(rollouts):
 
 
 def wild_predictor(script, agent, horizon, frozen=True):
-    predictor = script.Predictor(agent, horizon, frozen).to(agent.critic[-1].weight.dtype)
+    predictor = script.Predictor(agent, horizon, frozen).to(agent.critic.weight.dtype)
     torch.nn.init.normal_(predictor.head.weight)
     return predictor
 
