@@ -75,7 +75,7 @@ class Args:  # the comments are what --help says
     update_epochs: int = 4  # passes over each rollout
     norm_adv: bool = True  # normalise the advantages of each rollout
     clip_coef: float = 0.2  # clip range of the probability ratio
-    ent_coef: float = 0.0  # weight of the entropy bonus
+    ent_coef: float = 0.003  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss; values are in units of the returns' standard deviation
     max_grad_norm: float = 0.5  # largest norm of the gradient
     target_kl: float | None = None  # stop an update after an epoch whose mean approximate KL exceeds this; None = never
