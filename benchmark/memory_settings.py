@@ -119,6 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--run", nargs=3, metavar=("TASK", "VARIANT", "SEED"), help="this run, here and now")
@@ -126,7 +127,7 @@ def main() -> None:
     if args.run:
         return run(*args.run[:2], int(args.run[2]))
     done = {(row["task"], row["variant"], row["seed"]) for row in read()}
-    jobs = [(task, variant, str(seed)) for seed in args.seeds for variant in VARIANTS for task in args.tasks]
+    jobs = [(task, variant, str(seed)) for seed in args.seeds for variant in args.variants for task in args.tasks]
     jobs = [] if args.table else [job for job in jobs if job not in done]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda job: subprocess.run([sys.executable, __file__, "--run", *job], check=True), jobs))
