@@ -9,9 +9,8 @@ The data goes one way, and each arrow has its function below:
     last Rollouts ── forecasts ── descend ──▶ weights of Predictor      at steps whose future is known by now
 
 Letters in shapes: T steps, N environments, D entries of the flat observation, A of an action (one-hot if discrete),
-P parameters of the policy's distribution, F features of the LSTM, B samples, H steps of a forecast.
-
-PPO is Schulman et al. 2017, arXiv 1707.06347. Numbers such as `detail 5` refer to docs/ppo_lstm_predictor.md.
+P parameters of the policy's distribution, F features of the LSTM, H steps of a forecast, B or M samples; [L, S] are L
+rows of S columns (cut_segments). PPO: Schulman et al. 2017, arXiv 1707.06347. `detail 5`: docs/ppo_lstm_predictor.md.
 """
 
 import json
@@ -168,9 +167,10 @@ class RunningMeanStd(nn.Module):
 
 
 class Agent(nn.Module):
-    """encoder -> LSTM -> a hidden layer that sees both -> actor, critic. obs [..., D + A] is the flattened observation
-    and the action before it, zeros at an episode's start; the state [N, 2, F] the LSTM's h (features) and c. Values are
-    normalised. Parameters [..., P] are logits, side by side for MultiDiscrete, or means, then log deviations."""
+    """encoder -> LSTM -> hidden layer, which sees both -> actor (its first half), critic (its second). Values are
+    normalised. obs [..., D + A] is the flattened observation and the action before it, zeros at an episode's start; the
+    state [N, 2, F] the LSTM's h (features) and c. Parameters [..., P] are logits, side by side for MultiDiscrete, or
+    means, then log standard deviations."""
 
     def __init__(self, obs_space: gym.Space, action_space: gym.Space, args: Args):
         super().__init__()
@@ -181,7 +181,7 @@ class Agent(nn.Module):
         seen = [*(range(obs_size) if args.visible is None else args.visible), *range(obs_size, obs_size + action_size)]
         self.register_buffer("seen", torch.tensor(seen), persistent=False)
         self.obs_stats = RunningMeanStd((obs_size + action_size,))
-        self.return_stats = RunningMeanStd((), memory=100_000)
+        self.return_stats = RunningMeanStd((), memory=20_000)
         self.encoder, self.lstm, self.hidden = nn.Linear(len(seen), 64), nn.LSTM(64, width), nn.Linear(64 + width, 128)
         self.actor, self.critic = nn.Linear(64, action_size), nn.Linear(64, 1)  # each sees its half of the hidden layer
         self.log_std = nn.Parameter(torch.zeros(action_size)) if not self.choices else None
@@ -189,15 +189,15 @@ class Agent(nn.Module):
             nn.init.orthogonal_(layer.weight, gain)
             nn.init.zeros_(layer.bias)
         w_input, w_state, *biases = (weight.data.unflatten(0, (4, -1)) for weight in self.lstm.all_weights[0])
-        for gate in (*w_input, *w_state):  # input, forget, cell and output gate
+        for gate in (*w_input, *w_state):  # [F, 64] and [F, F] of input, forget, cell and output gate
             nn.init.orthogonal_(gate)
-        line = width // 2  # units that start as a delay line: 8 hear the input, each other the one 8 before it
-        w_input[[0, 1, 3], :line], w_input[2, 8:line], w_state[:, :line] = 0, 0, 0
-        w_state[2, :line, :line] = 2 * torch.ones(line, line).triu(-8).tril(-8)
-        biases[0][:], biases[1][:] = torch.tensor([[0.0], [1.0], [0.0], [0.0]]), 0  # the other units forget slowly
-        biases[0][:, :line] = torch.tensor([[1.0], [-3.0], [0.0], [1.0]])  # detail 13
+        line = width // 2  # units that start as a delay line: 8 hear the encoder, unit i + 8 only unit i (detail 13)
+        w_input[[0, 1, 3], :line], w_input[2, 8:line], w_state[:, :line] = 0, 0, 0  # all else that they would hear
+        w_state[2, :line, :line] = torch.tensor(2 * np.eye(line, k=-8))  # 2 at [i + 8, i]
+        biases[0][:], biases[1][:] = torch.tensor([[0.0], [1.0], [0.0], [0.0]]), 0  # the others: forget gate 73% open
+        biases[0][:, :line] = torch.tensor([[1.0], [-3.0], [0.0], [1.0]])  # forget gate 5%, input and output gate 73%
         shut = torch.tensor([-1e9, -1e9, 0.0, 0.0]).repeat_interleave(width)  # input and forget gate
-        self.register_buffer("shut", shut[:, None], persistent=False)
+        self.register_buffer("shut", shut[:, None], persistent=False)  # [4F, 1]: weights of unroll's extra input
 
     def initial_state(self, n: int) -> Tensor:
         return torch.zeros(n, 2, self.lstm.hidden_size, device=self.seen.device)
@@ -222,9 +222,9 @@ class Agent(nn.Module):
 
     def unroll(self, obs: Tensor, state: Tensor, flush: Tensor, action_mask: Tensor | None) -> tuple[Tensor, ...]:
         """obs [L, S, D + A], state [S, 2, F], action_mask [L, S, A] -> parameters [L, S, P], values [L, S]. A step with
-        `flush` [L, S] leaves the initial state: one more input shuts the input and forget gates (detail 2)."""
+        `flush` [L, S] leaves the initial state: one more input, with weights `shut`, closes two gates (detail 2)."""
         encoded = self.encoder(self.normalize_obs(obs)[..., self.seen]).tanh()
-        w_input, *weights = self.lstm.all_weights[0]
+        w_input, *weights = self.lstm.all_weights[0]  # below: biases, layers, dropout, training, both ways, batch first
         x, w_input = torch.cat((encoded, flush[..., None]), -1), torch.cat((w_input, self.shut), 1)
         h, c = state.transpose(0, 1).contiguous().unsqueeze(1)  # each [1, S, F]
         features, _, _ = torch.lstm(x, (h, c), [w_input, *weights], True, 1, 0.0, True, False, False)
@@ -343,8 +343,8 @@ def collect(player: Iterator[tuple], num_steps: int) -> tuple[Rollout, list[Epis
 def next_values(agent: Agent, rollout: Rollout) -> Tensor:
     """Normalised V after each step [T, N]: the next row's or, if truncated or last, that of `next_obs` (detail 5)."""
     values, cut = rollout.value.roll(-1, 0), rollout.truncated.clone()
-    cut[-1] = True
-    *_, state = agent.step(rollout.obs[cut], rollout.state[cut])
+    cut[-1] = True  # where row t + 1 is not what followed; a terminated step's value is not used, whatever it is
+    *_, state = agent.step(rollout.obs[cut], rollout.state[cut])  # stored is the state before the step
     _, values[cut], _ = agent.step(rollout.next_obs[cut], state if agent.recurrent else agent.initial_state(len(state)))
     return values
 
@@ -356,9 +356,9 @@ def cut_segments(start: Tensor, bptt_length: int) -> Tensor:
     num_steps, num_envs = start.shape
     length = min(bptt_length or num_steps, num_steps)
     t, n = torch.arange(num_steps, device=start.device)[:, None], torch.arange(num_envs, device=start.device)
-    flushes = (start & (t % length > 0)).cumsum(0)  # [T, N]
-    flushes = flushes - flushes[t[:, 0] - t[:, 0] % length]  # of this column, up to here
-    row, column = t % length + flushes, t // length * num_envs + n  # each [T, N]
+    flushes = (start & (t % length > 0)).cumsum(0)  # [T, N] flush rows from the rollout's first step up to this one
+    flushes = flushes - flushes[t[:, 0] - t[:, 0] % length]  # the same from its column's first step
+    row, column = t % length + flushes, t // length * num_envs + n  # [T, N] each: where step t of environment n goes
     index = torch.full((int(row.max()) + 1, int(column.max()) + 1), -1, device=start.device)
     index[row, column] = t * num_envs + n
     return index

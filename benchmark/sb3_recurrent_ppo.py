@@ -41,8 +41,8 @@ parser.add_argument("--visible", type=int, nargs="+", help="entries of the flatt
 parser.add_argument("--total-timesteps", type=int, required=True)
 parser.add_argument("--defaults", action="store_true", help="sb3-contrib's network and settings")
 parser.add_argument("--num-envs", type=int, default=16)
-parser.add_argument("--learning-rate", type=float, default=3e-3, help="without --defaults")
-parser.add_argument("--gamma", type=float, default=0.995, help="without --defaults")
+parser.add_argument("--learning-rate", type=float, default=2e-3, help="without --defaults")
+parser.add_argument("--gamma", type=float, default=0.99, help="without --defaults")
 parser.add_argument("--gae-lambda", type=float, default=0.95)
 parser.add_argument("--previous-action", action="store_true", help="add the action before to each observation")
 parser.add_argument("--normalize", action="store_true", help="running normalisation of observations and rewards")
@@ -139,12 +139,13 @@ OURS = {
     "batch_size": 512,
     "n_epochs": 4,
     "gamma": args.gamma,
+    "ent_coef": 0.003,
     "policy_kwargs": {
         "features_extractor_class": Encoder,
         "lstm_hidden_size": 128,
         "shared_lstm": True,
         "enable_critic_lstm": False,
-        "net_arch": [],
+        "net_arch": {"pi": [64], "vf": [64]},
     },
 }
 settings = {"gae_lambda": args.gae_lambda, "seed": args.seed, "device": "cpu"} | ({} if args.defaults else OURS)

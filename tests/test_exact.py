@@ -17,7 +17,7 @@ from toys import gradients
 
 def play(script, num_steps=24, num_rollouts=2, seed=1, dtype=torch.float32, env=MIXED, **changes):
     """A few rollouts of an untrained agent on the toy, and what belongs to them."""
-    defaults = {"num_envs": 3, "num_steps": num_steps, "lstm_hidden": 8, "horizon": 30, "seed": seed}
+    defaults = {"num_envs": 3, "num_steps": num_steps, "lstm_hidden": 20, "horizon": 30, "seed": seed}
     defaults |= {"num_minibatches": 1, "ent_coef": 0.01}
     args = script.Args(env_id="toys:Toy-v0", env_kwargs=json.dumps(env), **defaults | changes)
     torch.manual_seed(seed)
