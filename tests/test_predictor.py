@@ -92,7 +92,7 @@ def test_10_forecasts_and_their_gradients(script, frozen):
 def test_10_forecasts_are_straight_lines_between_knots(script, horizon):
     _, agent, _ = play(script, num_rollouts=0)
     predictor = wild_predictor(script, agent, horizon)
-    features, obs = torch.randn(7, 8), torch.randn(7, 7)
+    features, obs = torch.randn(7, agent.lstm.hidden_size), torch.randn(7, 7)
     knots = sorted({min(horizon, round(2 ** (i / 2))) for i in range(2 * 8 + 1)})
     hidden = torch.relu(predictor.hidden(torch.cat((features, obs), -1)))
     changes = predictor.head(hidden).reshape(7, 4, len(knots)).detach().numpy()
