@@ -70,7 +70,7 @@ class Agent(script.Agent):
                 torch.nn.init.zeros_(head.bias)
                 setattr(self, name, head)
 
-    def heads(self, encoded, features, action_mask):
+    def heads(self, encoded, features, action_mask):  # both tasks have a discrete action and no mask
         if not self.direct:
             return super().heads(encoded, features, action_mask)
         x = torch.cat((encoded, features), -1)

@@ -5,7 +5,7 @@ requirements-rivals.txt, on one core.
     python benchmark/sb3_recurrent_ppo.py --defaults --env-id popgym:popgym-RepeatFirstEasy-v0 \\
         --total-timesteps 100000 --eval-episodes 100
 
-Without `--defaults`: the network and settings of ppo_lstm_predictor.py. With it: sb3-contrib's own, which leave the
+Without `--defaults`: the settings of ppo_lstm_predictor.py and layers as wide. With it: sb3-contrib's own, which leave the
 number of environments open. Tried with `--defaults --one-call`, on other tasks and seeds than those of memory.py:
 
     --num-envs                                                           1      8            16
