@@ -5,8 +5,8 @@ requirements-rivals.txt, on one core.
     python benchmark/sb3_recurrent_ppo.py --defaults --env-id popgym:popgym-RepeatFirstEasy-v0 \\
         --total-timesteps 100000 --eval-episodes 100
 
-Without `--defaults`: the settings of ppo_lstm_predictor.py and layers as wide. With it: sb3-contrib's own, which leave the
-number of environments open. Tried with `--defaults --one-call`, on other tasks and seeds than those of memory.py:
+Without `--defaults`: the settings of ppo_lstm_predictor.py and layers as wide. With it: sb3-contrib's own, which
+leave the number of environments open. Tried with `--defaults --one-call`, on other tasks and seeds than memory.py's:
 
     --num-envs                                                           1      8            16
     RepeatPreviousEasy with k = 3, 100k steps, seeds 11, 12          -0.50      0.69, 0.74   0.62, 0.65
