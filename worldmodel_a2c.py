@@ -1,31 +1,36 @@
-"""A2C with a world model: vision, memory, and a controller that plans in what it has learnt.
+"""A2C with a world model: vision, memory, and a controller that looks ahead in what it has learnt.
 
-The data goes one way, and each stage has one place below:
+The data goes one way, and each arrow has its function below:
 
-    environment step -> observation (a vector, or an image) -> Vision.see: encoder, quantiser -> latent z
-    (z, last action) -> Memory.step (a transformer with a KV cache, no gradients) -> h -> policy and value of (z, h)
-    plan: the model imagines `planning_horizon` steps behind each candidate action -> what acts is the planned policy
-    -> Rollout [T, N] and the `prefix` rows before it: raw observations, actions, log-probabilities of both policies
-    Rollout -> gae (terminated / truncated, values of final observations) -> advantages, returns [T, N]
-    columns of the rollout -> Agent.unroll (the transformer over whole columns) -> a2c_loss -> optimizer
-    after the last epoch -> running statistics, codebook, and the KV cache once more under the new weights
+    observation ── Vision ──▶ latent z                               of an image, in codes
+    (z, action before) ── Memory.step ──▶ h                          a transformer with a KV cache, no gradients
+    (z, h) ── control, plan ──▶ behaviour                            the policy, steered by what the model imagines
+    environments ── play ──▶ steps ── collect ──▶ Rollout [R, N]     with the rows before it that the memory sees
+    Rollout ── gae ──▶ advantages, returns [T, N]                    truncation bootstraps, termination does not
+    minibatch ── Agent.unroll ── a2c_loss ── descend ──▶ weights     of all parts; whole sequences in one pass
+    Rollout ── Agent.update ──▶ statistics, codes                    then `play` computes the cache once more
 
-World models are Ha & Schmidhuber 2018, arXiv 1803.10122; A2C with clipped ratios is Schulman et al. 2017, arXiv
-1707.06347. Numbers such as `detail 5` refer to docs/worldmodel_a2c.md.
+Letters in shapes: T steps, N environments, R rows of a rollout (T and those before it), A entries of an action, E of an
+encoded one (one-hot if discrete), P parameters of the policy's distribution, Z of a latent, W of the memory, K
+candidate actions, B or M samples, [B, L] sequences. World models: Ha & Schmidhuber 2018, arXiv 1803.10122; A2C with
+clipped ratios: Schulman et al. 2017, arXiv 1707.06347. `detail 5`: docs/worldmodel_a2c.md.
 """
 
-import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
-import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from statistics import fmean
 from typing import Literal, NamedTuple
 
 import gymnasium as gym
@@ -36,6 +41,7 @@ import torch.nn.functional as F
 import tyro
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -45,229 +51,118 @@ from common.obs import entry_names, flatten
 
 
 @dataclass
-class Args:
-    # --- run
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the run folder's name"""
-    seed: int = 1
-    """seed of environments, networks and sampling; the same seed gives the same run on one machine"""
-    torch_deterministic: bool = True
-    """ask cuDNN for deterministic algorithms"""
-    cuda: bool = True
-    """use a CUDA device if there is one"""
-    torch_threads: int = 1
-    """threads of torch on the CPU"""
-    runs_dir: str = "runs"
-    """folder that holds the run folders"""
-    checkpoint_every: int = 25
-    """updates between checkpoints, each with an evaluation; 0 = only at the end"""
-    resume: str | None = None
-    """a run folder to continue, with its arguments unless others are given"""
-    init_from: str | None = None
-    """a checkpoint whose weights to start from, wherever names and shapes fit; for --stage, of the stage before"""
-    evaluate: str | None = None
-    """a checkpoint to evaluate, with its arguments unless others are given; no training"""
-    eval_episodes: int = 20
-    """episodes of each evaluation, on seeds that are not trained on"""
-    eval_deterministic: bool = True
-    """evaluate with the most likely action instead of a sampled one"""
-    dream: str | None = None
-    """with --evaluate: a GIF to write, of an episode beside what the model imagines with the same actions"""
-    capture_video: bool = False
-    """record the evaluations' first environment to `videos/` in the run folder"""
-
-    # --- environment
-    env_id: str = "CartPole-v1"
-    """any Gymnasium id, also `module:Name-v0`, which imports the module first"""
-    env_kwargs: str = "{}"
-    """keyword arguments of `gymnasium.make`, as JSON"""
-    vectorization: Literal["sync", "async"] = "sync"
-    """step the environments in turn, or each in a process of its own (for slow environments)"""
-
-    # --- A2C
-    total_timesteps: int = 100_000
-    """environment steps to train for, over all environments and processes"""
-    learning_rate: float = 1e-3
-    """Adam's step size"""
-    num_envs: int = 16
-    """environments of each process"""
-    num_steps: int = 128
-    """steps of each environment per rollout"""
-    anneal_lr: bool = True
-    """lower the learning rate linearly to 0"""
-    gamma: float = 0.99
-    """discount factor"""
-    gae_lambda: float = 0.95
-    """lambda of generalised advantage estimation"""
-    num_minibatches: int = 4
-    """minibatches per epoch; at most num_envs"""
-    update_epochs: int = 4
-    """passes over each rollout; with one, and one minibatch, the gradient is A2C's"""
-    norm_adv: bool = True
-    """normalise the advantages of each rollout"""
-    clip_coef: float = 0.2
-    """clip range of the probability ratio"""
-    ent_coef: float = 0.01
-    """weight of the entropy bonus"""
-    vf_coef: float = 0.5
-    """weight of the value loss; values are in units of the returns' standard deviation"""
-    max_grad_norm: float = 0.5
-    """gradients are scaled down to this norm"""
-    target_kl: float | None = None
-    """end an update once an epoch's mean KL divergence from the rollout's policy is above this; None = never"""
-    controller: Literal["mlp", "linear"] = "mlp"
-    """policy and value: of two hidden layers, or linear in (z, h)"""
-
-    # --- world model
-    stage: Literal["vision", "memory", "all"] = "all"
-    """what learns: vision alone, then memory with vision as it is, or everything; each takes the other's checkpoint"""
-    quantizer: Literal["ema", "fsq", "none"] = "ema"
-    """codes that follow the means of what they stand for, rounding to a grid, or a continuous latent"""
-    vision_coef: float = 1.0
-    """weight of the reconstruction and commitment losses"""
-    memory_width: int = 128
-    """size of the transformer's tokens"""
-    memory_heads: int = 4
-    """attention heads"""
-    memory_layers: int = 2
-    """transformer blocks"""
-    context: int = 32
-    """steps that a block looks back, its own included; the whole sees layers x (context - 1) steps back"""
-    memory_coef: float = 0.1
-    """weight of the next-latent, reward and continue losses"""
-
-    # --- planning
-    planning: Literal["off", "train", "always"] = "always"
-    """plan never, in training only, or in evaluations too"""
-    planning_horizon: int = 5
-    """steps to imagine, at the end of which the value stands for the rest"""
-    planning_samples: int = 32
-    """actions to try where they are continuous; of discrete ones, all are tried"""
-    planning_beta: float = 1.0
-    """how far planned advantages, in standard deviations of returns, move the policy's logits once the model is
-    perfect: it is multiplied by the skill of forecasts `planning_horizon` steps ahead"""
-    distill_coef: float = 0.1
-    """weight, times beta, of the cross-entropy that draws the policy towards the planned one"""
-    importance_cap: float = 2.0
-    """largest weight of a step that the planned policy made less likely than the policy would have"""
+class Args:  # the comments are what --help says
+    exp_name: str = Path(__file__).stem  # RUN: name of the experiment, part of the run folder's name
+    seed: int = 1  # of environments, networks and sampling; the same seed gives the same run on one machine
+    cuda: bool = True  # use a CUDA device if there is one
+    torch_threads: int = 1  # threads of torch on the CPU
+    runs_dir: str = "runs"  # folder that holds the run folders
+    checkpoint_every: int = 50  # updates between checkpoints, each with an evaluation; 0 = only at the end
+    resume: str | None = None  # a run folder to continue, with its arguments unless others are given
+    init_from: str | None = None  # a checkpoint whose networks to start from; for --stage, that of the stage before
+    evaluate: str | None = None  # a checkpoint to evaluate, with its arguments unless others are given; no training
+    eval_episodes: int = 20  # episodes of each evaluation, on seeds that are not trained on
+    capture_video: bool = False  # record the evaluations' first environment to `videos/` in the run folder
+    env_id: str = "CartPole-v1"  # ENVIRONMENT: any Gymnasium id, also `module:Name-v0`, which imports the module
+    env_kwargs: str = "{}"  # keyword arguments of `gymnasium.make`, as JSON
+    vectorization: Literal["sync", "async"] = "sync"  # environments in turn, or (slow ones) each in its own process
+    total_timesteps: int = 100_000  # A2C: environment steps to train for, over all environments and processes
+    learning_rate: float = 1e-3  # Adam's step size
+    num_envs: int = 16  # environments of each process
+    num_steps: int = 32  # steps of each environment per rollout
+    anneal_lr: bool = True  # lower the learning rate linearly to 0
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # lambda of generalised advantage estimation
+    num_minibatches: int = 4  # minibatches per epoch; at most num_envs
+    update_epochs: int = 4  # passes over each rollout; with one, and one minibatch, the gradient is A2C's
+    norm_adv: bool = True  # normalise the advantages of each rollout
+    clip_coef: float = 0.2  # clip range of the probability ratio
+    ent_coef: float = 0.01  # weight of the entropy bonus
+    vf_coef: float = 0.5  # weight of the value loss; values are in units of the returns' standard deviation
+    max_grad_norm: float = 0.5  # largest norm of the gradient
+    target_kl: float | None = None  # stop an update after an epoch whose mean approximate KL exceeds this; None = never
+    stage: Literal["vision", "memory", "all"] = "all"  # WORLD MODEL: what learns; each takes the checkpoint before it
+    quantizer: Literal["ema", "none"] | None = None  # codes that follow what they stand for; None = of images only
+    vision_coef: float = 1.0  # weight of the reconstruction and commitment losses
+    memory_width: int = 128  # size of the transformer's tokens
+    memory_layers: int = 2  # transformer blocks
+    context: int = 32  # steps that a block looks back, its own included; all of them see layers x (context - 1) back
+    memory_coef: float = 1.0  # weight of the losses of the next latent, the reward and the episode's going on
+    planning: bool = True  # PLANNING: let plans steer the policy while it trains, as far as they prove right
+    planning_horizon: int = 8  # steps to imagine, at the end of which the value stands for the rest
+    planning_hold: int = 3  # steps for which a candidate action is held, before the policy goes on
+    planning_samples: int = 32  # actions to try where they are continuous; of discrete ones, all are tried
+    planning_beta: float = 5.0  # how far plans move the policy's logits, in units of what they have proved to be worth
+    distill_coef: float = 1.0  # weight, times how far that is (at most 1), of drawing the policy after them
 
 
 class InputError(Exception):
     """The user asked for something that cannot be done; the message is one line."""
 
 
-def check(args: Args) -> None:
-    """Raises InputError, with one clear line, for whatever can be known to fail before any work is done."""
-
-    def need(ok: bool, message: str) -> None:
-        if not ok:
-            raise InputError(message)
-
-    above_zero = ["total_timesteps", "num_envs", "num_minibatches", "update_epochs", "learning_rate", "max_grad_norm"]
-    above_zero += ["torch_threads", "eval_episodes", "memory_width", "memory_heads", "memory_layers", "context"]
-    above_zero += ["planning_horizon", "importance_cap"]
-    above_zero += ["target_kl"] * (args.target_kl is not None)
-    not_negative = ["seed", "checkpoint_every", "ent_coef", "vf_coef", "clip_coef", "vision_coef", "memory_coef"]
-    not_negative += ["planning_beta", "distill_coef"]
-    for name in above_zero + not_negative + ["gamma", "gae_lambda"]:
-        value, flag = getattr(args, name), "--" + name.replace("_", "-")
-        need(value > 0 or name not in above_zero, f"{flag} must be above 0, not {value}")
-        need(value >= 0, f"{flag} must not be negative, not {value}")
-        need(value <= 1 or name not in ("gamma", "gae_lambda"), f"{flag} must be at most 1, not {value}")
-    need(args.num_minibatches <= args.num_envs, "--num-minibatches must not exceed --num-envs")
-    need(args.num_steps > 1, "--num-steps must be above 1: the model learns from one step to the next")
-    need(args.planning_samples > 1, "--planning-samples must be above 1")
-    need(args.memory_width % (2 * args.memory_heads) == 0, "--memory-width must be a multiple of 2 x --memory-heads")
-    exclusive = [args.resume, args.init_from, args.evaluate]
-    need(sum(map(bool, exclusive)) <= 1, "--resume, --init-from and --evaluate exclude each other")
-    need(not args.dream or args.evaluate, "--dream needs --evaluate, a checkpoint")
-    writable = not args.dream or (Path(args.dream).suffix == ".gif" and Path(args.dream).parent.is_dir())
-    need(writable, f"--dream must be a .gif in an existing folder, not {args.dream}")
-    continued = args.init_from or args.resume or args.evaluate
-    need(args.stage != "memory" or continued, "--stage memory needs --init-from, a checkpoint of --stage vision")
-    moviepy = not args.capture_video or importlib.util.find_spec("moviepy")
-    need(moviepy, "--capture-video needs moviepy: pip install -r requirements-envs.txt")
+def check(args: Args) -> gym.Env:
+    """A closed environment, to ask for its spaces; InputError for what can be known to fail before any work is done."""
+    may_be_0 = ["seed", "checkpoint_every", "gamma", "gae_lambda", "clip_coef", "ent_coef", "vf_coef", "vision_coef"]
+    may_be_0 += ["memory_coef", "planning_beta", "distill_coef"]
+    at_most = {"gamma": 1, "gae_lambda": 1, "num_minibatches": args.num_envs, "seed": 10**9, "total_timesteps": 10**12}
+    for name, x in vars(args).items():
+        least, most = "0 or more" if name in may_be_0 else "above 0", at_most.get(name, 10**5)
+        if type(x) in (int, float) and not (0 < x <= most or (x == 0 and name in may_be_0)):
+            raise InputError(f"--{name.replace('_', '-')} must be {least} and at most {most}, not {x}")
+    if args.num_steps < 2 or args.planning_samples < 2 or args.memory_width % 8:
+        raise InputError("--num-steps and --planning-samples must be above 1, --memory-width a multiple of 8")
+    if args.stage == "memory" and not (args.init_from or args.resume or args.evaluate):
+        raise InputError("--stage memory needs --init-from, a checkpoint of --stage vision")
     try:
-        env = make_env(args, "rgb_array" if args.capture_video else None)
-        shape, space = obs_shape(env.observation_space), env.action_space
-        env.close()
+        with tempfile.TemporaryDirectory() as tmp, make_env(args, f"{tmp}/v" if args.capture_video else None) as env:
+            shape, space = obs_shape(env.observation_space), env.action_space
+            assert isinstance(space, (Box, Discrete, MultiDiscrete)), f"no support for {space}"
+            assert not (args.planning and isinstance(space, MultiDiscrete)), f"{space} needs --no-planning"
+            assert len(shape) == 1 or shape[0] % 16 == shape[1] % 16 == 0, f"sides must be multiples of 16: {shape}"
+            return env
     except Exception as error:
         raise InputError(f"{args.env_id}: {type(error).__name__}: {' '.join(str(error).split())}") from error
-    need(isinstance(space, (Box, Discrete, MultiDiscrete)), f"{args.env_id}: no support for actions in {space}")
-    plannable = args.planning == "off" or not isinstance(space, MultiDiscrete)
-    need(plannable, f"{args.env_id}: no planning for actions in {space}; use --planning off")
-    if len(shape) == 3:
-        need(shape[0] % 16 == shape[1] % 16 == 0, f"{args.env_id}: sides of images must be multiples of 16: {shape}")
-    size = math.prod(shape) * (1 if len(shape) == 3 else 4)
-    rows = 2 * args.num_steps + 2 * args.memory_layers * (args.context - 1)
-    needed, memory = rows * args.num_envs * size, math.inf
-    if hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    need(needed < memory, f"this needs {needed / 1e9:.1f} GB for rollouts; the machine has {memory / 1e9:.1f} GB")
 
 
 # --- environment
-
-
-def make_env(args: Args, render_mode: str | None = None) -> gym.Env:
-    return gym.make(args.env_id, **({"render_mode": render_mode} if render_mode else {}), **json.loads(args.env_kwargs))
+def make_env(args: Args, video_dir: str | Path | None = None) -> gym.Env:
+    if multiprocessing.current_process().name.startswith("Worker<"):  # leaves Ctrl-C to the main process
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if video_dir else {}), **json.loads(args.env_kwargs))
+    env = gym.wrappers.TimeLimit(env, 27_000)  # for environments that would never end
+    if isinstance(env.action_space, Box):  # the policy's actions, in [-1, 1], are scaled, and clipped, to the bounds
+        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)) if env.action_space.is_bounded() else env
+        env = gym.wrappers.ClipAction(env)
+    if video_dir:
+        env = gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda _: True)
+    return gym.wrappers.RecordEpisodeStatistics(env)
 
 
 def make_envs(args: Args, num_envs: int, video_dir: Path | None = None) -> VectorEnv:
     """Environments that reset themselves in the step that ends an episode; the first is filmed if there is a folder."""
-    main_process = os.getpid()
-
-    def make(i: int) -> gym.Env:
-        if os.getpid() != main_process:  # a worker leaves Ctrl-C to the main process, and ends when that says so
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if video_dir and i == 0:
-            return gym.wrappers.RecordVideo(make_env(args, "rgb_array"), str(video_dir), episode_trigger=lambda _: True)
-        return make_env(args)
-
-    vector_class = AsyncVectorEnv if args.vectorization == "async" else SyncVectorEnv
-    makers = [lambda i=i: make(i) for i in range(num_envs)]
+    makers = [lambda i=i: make_env(args, video_dir if i == 0 else None) for i in range(num_envs)]
+    vector_class = {"sync": SyncVectorEnv, "async": AsyncVectorEnv}[args.vectorization]
     return vector_class(makers, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
 
 
 def obs_shape(space: gym.Space) -> tuple[int, ...]:
     """(height, width, channels) of an image, at least 16 x 16, else (entries of the flattened observation,)."""
     bytes_3d = isinstance(space, Box) and space.dtype == np.uint8 and len(space.shape) == 3
-    image = bytes_3d and min(space.shape[:2]) >= 16
-    return space.shape if image else (len(entry_names(space)),)
+    return space.shape if bytes_3d and min(space.shape[:2]) >= 16 else (len(entry_names(space)),)
 
 
-def env_action(action: Tensor, space: gym.Space) -> np.ndarray:
-    """The agent's actions [N, A] as the environments want them. A Box is squashed by tanh to [-1, 1] and scaled to its
-    bounds; an entry without bounds is left within [-1, 1]."""
-    array = action.cpu().numpy()
-    if isinstance(space, Discrete):
-        return array[:, 0] + space.start
-    array = array.reshape(-1, *space.shape)
-    if isinstance(space, MultiDiscrete):
-        return array + space.start
-    bounded = np.isfinite(space.low) & np.isfinite(space.high)
-    low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
-    return np.clip(low + (np.tanh(array) + 1) / 2 * (high - low), space.low, space.high).astype(space.dtype)
-
-
-def encode_action(action: Tensor, space: gym.Space) -> Tensor:
-    """Actions [..., A] as the memory and the model take them [..., E]: one-hot, or squashed."""
-    if isinstance(space, Box):
-        return action.tanh()
-    return torch.cat([F.one_hot(a, n) for a, n in zip(action.unbind(-1), choices(space), strict=True)], -1).float()
-
-
-def all_sum(x: Tensor) -> Tensor:
-    """The sum of x over all processes, in place."""
+# --- statistics
+def all_mean(x: Tensor) -> Tensor:
+    """The mean of x over all processes, in place. All hold as many steps, so a mean of means is the mean of all."""
     if dist.is_initialized():
         dist.all_reduce(x)
+        x /= dist.get_world_size()
     return x
 
 
 class RunningMeanStd(nn.Module):
-    """Mean and variance of a stream of [M, *shape] batches over all processes, merged as in Chan et al. 1979. Beyond
-    `memory` samples, older ones fade exponentially."""
+    """Of all batches so far, of all processes (Chan et al. 1979). Beyond `memory` samples, older ones fade."""
 
     def __init__(self, shape: tuple[int, ...], memory: float = math.inf):
         super().__init__()
@@ -276,15 +171,13 @@ class RunningMeanStd(nn.Module):
         self.register_buffer("std", torch.ones(shape))
         self.register_buffer("count", torch.zeros(()))
 
-    def update(self, x: Tensor) -> None:
-        count = all_sum(torch.tensor(float(len(x)), device=x.device))
-        mean = all_sum(x.sum(0)) / count
-        var = all_sum(((x - mean) ** 2).sum(0)) / count
-        weight, delta = count / (self.count + count), mean - self.mean
-        merged = (1 - weight) * (self.std**2 + weight * delta**2) + weight * var
-        self.std.copy_(merged.sqrt().clamp(min=1e-4))
+    def update(self, x: Tensor) -> None:  # [M, *shape]
+        mean, size = all_mean(x.mean(0)), len(x) * (dist.get_world_size() if dist.is_initialized() else 1)
+        var = all_mean((x - mean).square().mean(0))
+        weight, delta = size / (self.count + size), mean - self.mean
+        self.std.copy_(((1 - weight) * (self.std**2 + weight * delta**2) + weight * var).sqrt().clamp(min=1e-4))
         self.mean += weight * delta
-        self.count.copy_((self.count + count).clamp(max=self.memory))
+        self.count.copy_((self.count + size).clamp(max=self.memory))
 
     def normalize(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std
@@ -294,8 +187,6 @@ class RunningMeanStd(nn.Module):
 
 
 # --- vision
-
-
 class ProductEMA(nn.Module):
     """Vector quantiser whose codes follow the means of what was assigned to them (van den Oord et al. 2017, arXiv
     1711.00937, appendix A). Each of the latent's `sites` has a codebook of its own, or all share one (detail 1)."""
@@ -309,25 +200,23 @@ class ProductEMA(nn.Module):
         self.register_buffer("total", torch.zeros(books, codes, size))  # of what was assigned, likewise
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [..., sites * size] -> the nearest codes, with the gradient of x [..., sites * size]; their indices [...,
-        sites]; the commitment loss [...]."""
+        """x [..., sites * size] -> the nearest codes, with the gradient of x [..., sites * size]; the commitment loss
+        [...]; the codes' indices [..., sites]."""
         x = x.unflatten(-1, (self.sites, -1))
         book = self.codebook.expand(self.sites, -1, -1)
         distance = book.square().sum(-1) - 2 * torch.einsum("...sd,scd->...sc", x, book)
         index = distance.argmin(-1)
         code = book[torch.arange(self.sites, device=x.device), index]  # [..., sites, size]
-        commitment = (x - code).square().mean((-1, -2))
-        return (x + (code - x).detach()).flatten(-2), index, commitment
+        return (x + (code - x).detach()).flatten(-2), (x - code).square().mean((-1, -2)), index
 
-    @torch.no_grad()
     def update(self, x: Tensor, generator: torch.Generator) -> None:
         """Moves the codes towards x [M, sites * size]. A code that hardly anything is assigned to becomes one of x."""
-        index = self(x)[1]  # [M, sites]
+        *_, index = self(x)  # [M, sites]
         books, codes, size = self.codebook.shape
         x = x.view(-1, self.sites, size).transpose(0, 1).reshape(books, -1, size)  # [books, M', size]
         assigned = F.one_hot(index.T.reshape(books, -1), codes).to(x.dtype)  # [books, M', codes]
-        self.count.mul_(self.decay).add_(all_sum(assigned.sum(1)), alpha=1 - self.decay)
-        self.total.mul_(self.decay).add_(all_sum(assigned.mT @ x), alpha=1 - self.decay)
+        self.count.lerp_(all_mean(assigned.sum(1)), 1 - self.decay)
+        self.total.lerp_(all_mean(assigned.mT @ x), 1 - self.decay)
         chosen = torch.randint(x.shape[1], (books, codes), generator=generator, device=x.device)
         fresh = x.gather(1, chosen[..., None].expand(-1, -1, size))
         if dist.is_initialized():
@@ -339,73 +228,28 @@ class ProductEMA(nn.Module):
         self.codebook.copy_(self.total / self.count[..., None])
 
 
-class FSQ(nn.Module):
-    """Finite scalar quantisation (Mentzer et al. 2023, arXiv 2309.15505): each entry, bounded by the encoder's tanh, is
-    rounded to one of 8 values in [-1, 1]. Nothing to learn, and no codes that die."""
-
-    levels = 8
-
-    def __init__(self, sites: int, size: int):
-        super().__init__()
-        self.sites, self.codes = sites, self.levels**size
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As ProductEMA's, without a commitment loss."""
-        half = (self.levels - 1) / 2
-        bounded = x.clamp(-1, 1)
-        level = (bounded * half + half).round()  # 0 to 7
-        digits = level.detach().long().unflatten(-1, (self.sites, -1))
-        index = (digits * self.levels ** torch.arange(digits.shape[-1], device=x.device)).sum(-1)
-        return bounded + (level / half - 1 - bounded).detach(), index, torch.zeros_like(x[..., 0])
-
-    def update(self, x: Tensor, generator: torch.Generator) -> None:
-        pass
-
-
-class Unquantized(nn.Module):
-    """A continuous latent."""
-
-    def __init__(self, sites: int):
-        super().__init__()
-        self.sites, self.codes = sites, 1
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        none = torch.zeros_like(x[..., 0])
-        return x, none.long()[..., None].expand(*none.shape, self.sites), none
-
-    def update(self, x: Tensor, generator: torch.Generator) -> None:
-        pass
-
-
 class Vision(nn.Module):
-    """Observations [..., *shape] <-> latents [..., Z] of `sites` codes: 4 for a vector, one for each 16 x 16 pixels."""
+    """Observations [..., *shape] <-> latents [..., Z] of `sites`: 4 for a vector, one for each 16 x 16 pixels."""
 
-    def __init__(self, shape: tuple[int, ...], quantizer: str):
+    def __init__(self, shape: tuple[int, ...], quantizer: str | None):
         super().__init__()
         self.shape, self.image = shape, len(shape) == 3
-        rows, columns = (shape[0] // 16, shape[1] // 16) if self.image else (4, 1)
-        sites, codes = rows * columns, 512 if self.image else 32
-        size = {"ema": (8, 16), "fsq": (1, 3), "none": (8, 16)}[quantizer][self.image]  # numbers a site
-        self.size = sites * size
-        if quantizer == "ema":
-            self.quantizer = ProductEMA(sites, size, codes, shared=self.image)
-        else:
-            self.quantizer = FSQ(sites, size) if quantizer == "fsq" else Unquantized(sites)
+        rows, columns, size, codes = (shape[0] // 16, shape[1] // 16, 16, 512) if self.image else (4, 1, 8, 32)
+        self.sites, self.size = rows * columns, rows * columns * size
+        quantized = self.image if quantizer is None else quantizer == "ema"
+        self.quantizer = ProductEMA(self.sites, size, codes, shared=self.image) if quantized else None
         if self.image:
             down, up = [], []
             for inner, outer in ((16, shape[2]), (32, 16), (64, 32)):
                 down += [nn.Conv2d(outer, inner, 4, 2, 1), nn.ReLU()]
                 up = [nn.ReLU(), nn.ConvTranspose2d(inner, outer, 4, 2, 1), *up]
-            to_sites = (nn.Flatten(2), Transpose(), nn.Flatten(1))  # [B, size, rows, columns] -> [B, Z]
-            to_maps = (nn.Unflatten(1, (sites, size)), Transpose(), nn.Unflatten(2, (rows, columns)))
-            self.encoder = nn.Sequential(*down, nn.Conv2d(64, size, 4, 2, 1), *to_sites)
-            self.decoder = nn.Sequential(*to_maps, nn.ConvTranspose2d(size, 64, 4, 2, 1), *up)
+            self.encoder = nn.Sequential(*down, nn.Conv2d(64, size, 4, 2, 1), nn.Flatten(2))  # [B, size, sites]
+            maps = nn.Unflatten(2, (rows, columns))
+            self.decoder = nn.Sequential(maps, nn.ConvTranspose2d(size, 64, 4, 2, 1), *up)
         else:
             self.obs_stats = RunningMeanStd(shape)
             self.encoder = nn.Sequential(nn.Linear(shape[0], 64), nn.ReLU(), nn.Linear(64, self.size))
             self.decoder = nn.Sequential(nn.Linear(self.size, 64), nn.ReLU(), nn.Linear(64, shape[0]))
-        if quantizer == "fsq":
-            self.encoder.append(nn.Tanh())
 
     def normalize(self, obs: Tensor) -> Tensor:
         """What is encoded, and what the decoder gives: images [..., C, height, width] in [-0.5, 0.5], or vectors."""
@@ -416,20 +260,21 @@ class Vision(nn.Module):
     def encode(self, obs: Tensor) -> Tensor:
         """obs [..., *shape] -> [..., Z], before it is quantised."""
         batch = obs.shape[: -len(self.shape)]
-        return self.encoder(self.normalize(obs).flatten(0, len(batch) - 1)).unflatten(0, batch)
+        x = self.encoder(self.normalize(obs).flatten(0, len(batch) - 1))
+        return (x.mT if self.image else x).reshape(*batch, self.size)
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Encoded or imagined x [..., Z] -> the latent [..., Z], and the commitment loss [...]."""
+        return self.quantizer(x)[:2] if self.quantizer else (x, torch.zeros_like(x[..., 0]))
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.decoder(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
-
-
-class Transpose(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.transpose(1, 2)
+        """Latents z [..., Z] -> what `normalize` gives."""
+        x = z.flatten(0, -2)
+        x = x.unflatten(-1, (self.sites, -1)).mT if self.image else x
+        return self.decoder(x).unflatten(0, z.shape[:-1])
 
 
 # --- memory
-
-
 def rotation(position: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """Cosines and sines [2, ..., 1, size / 2] of rotary positions (Su et al. 2021, arXiv 2104.09864)."""
     frequency = 10_000 ** (-torch.arange(size // 2, device=position.device, dtype=dtype) / (size // 2))
@@ -446,7 +291,7 @@ def rotate(x: Tensor, turned: Tensor) -> Tensor:
 class Block(nn.Module):
     """A transformer block, normalised before attention and MLP."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int = 4):
         super().__init__()
         self.heads = heads
         self.norm, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -467,14 +312,13 @@ class Block(nn.Module):
 
 
 class Cache(NamedTuple):
-    """What each layer has seen: keys and values of the last `context` - 1 tokens, newest last. What is older than the
-    episode is ignored."""
+    """Keys and values of the last `context` - 1 tokens. What is older than the episode is ignored."""
 
-    seen: tuple[Tensor, ...]  # of each layer [B, context - 1, 2, heads, E]
+    seen: tuple[Tensor, ...]  # of each layer [B, context - 1, 2, heads, E], newest last
     age: Tensor  # [B] steps since the episode's start, of the next token
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Cache":
-        return Cache(tuple(map(change, self.seen)), change(self.age))
+    def rows(self, chosen: Tensor) -> "Cache":
+        return Cache(tuple(layer[chosen] for layer in self.seen), self.age[chosen])
 
 
 class Memory(nn.Module):
@@ -483,33 +327,36 @@ class Memory(nn.Module):
 
     def __init__(self, latent: int, action: int, args: Args):
         super().__init__()
-        self.width, self.heads, self.context = args.memory_width, args.memory_heads, args.context
-        self.prefix = args.memory_layers * (args.context - 1)
-        self.latent, self.action = nn.Linear(latent, self.width), nn.Linear(action, self.width, bias=False)
-        self.blocks = nn.ModuleList(Block(self.width, self.heads) for _ in range(args.memory_layers))
-        self.norm = nn.LayerNorm(self.width)
+        self.context, self.prefix = args.context, args.memory_layers * (args.context - 1)
+        self.latent = nn.Linear(latent, args.memory_width)
+        self.action = nn.Linear(action, args.memory_width, bias=False)
+        self.blocks = nn.ModuleList(Block(args.memory_width) for _ in range(args.memory_layers))
+        self.head_size = args.memory_width // self.blocks[0].heads
+        self.norm = nn.LayerNorm(args.memory_width)
 
-    def forward(self, z: Tensor, previous: Tensor, age: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Whole sequences: z [B, L, Z], previous actions [B, L, E] (zeros at an episode's start), age [B, L] steps
-        since that start (negative: padding) -> h [B, L, W]; keys and values of each layer [B, L, 2, heads, E]."""
+    def forward(self, z: Tensor, previous: Tensor, age: Tensor) -> tuple[Tensor, Cache]:
+        """Whole sequences: z [B, L, Z], encoded actions before each [B, L, E] (zeros at an episode's start), age [B, L]
+        steps since that start (negative: padding) -> h [B, L, W], and the cache of the token behind them."""
         x = self.latent(z) + self.action(previous)
-        step = torch.arange(x.shape[1], device=x.device)
+        length = x.shape[1]
+        step = torch.arange(length, device=x.device)
         behind = step[:, None] - step  # [L, L]
         mask = (behind >= 0) & (behind < self.context) & (behind <= age[..., None])  # [B, L, L]
         mask = mask | (behind == 0)  # padding sees itself: a softmax over nothing would be NaN
-        turned, seen = rotation(age, self.width // self.heads, x.dtype), []
+        turned, seen = rotation(age, self.head_size, x.dtype), []
         for block in self.blocks:
             query, own = block.project(x, turned)
-            seen.append(own)
+            last = own[:, max(0, length - self.context + 1) :]
+            seen.append(F.pad(last, (0, 0) * 3 + (self.context - 1 - last.shape[1], 0)))
             x = block.attend(x, query, own, mask)
-        return self.norm(x), seen
+        return self.norm(x), Cache(tuple(seen), age[:, -1] + 1)
 
     def step(self, z: Tensor, previous: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
-        """One token of each sequence: z [B, Z], previous action [B, E] -> h [B, W] and the next cache."""
+        """One token of each sequence: z [B, Z], encoded action before it [B, E] -> h [B, W] and the next cache."""
         x = (self.latent(z) + self.action(previous)).unsqueeze(1)  # [B, 1, W]
         behind = torch.arange(self.context - 1, -1, -1, device=x.device)  # of each key
         mask = (behind <= cache.age[:, None]).unsqueeze(1)  # [B, 1, context]
-        turned, seen = rotation(cache.age[:, None], self.width // self.heads, x.dtype), []
+        turned, seen = rotation(cache.age[:, None], self.head_size, x.dtype), []
         for block, before in zip(self.blocks, cache.seen, strict=True):
             query, own = block.project(x, turned)
             both = torch.cat((before, own), 1)  # [B, context, 2, heads, E]
@@ -517,72 +364,42 @@ class Memory(nn.Module):
             x = block.attend(x, query, both, mask)
         return self.norm(x)[:, 0], Cache(tuple(seen), cache.age + 1)
 
-    def empty_cache(self, n: int) -> Cache:
-        weight = self.norm.weight
-        nothing = weight.new_zeros(n, self.context - 1, 2, self.heads, self.width // self.heads)
-        return Cache((nothing,) * len(self.blocks), torch.zeros(n, dtype=torch.int64, device=weight.device))
-
-    def cache(self, seen: list[Tensor], age: Tensor) -> Cache:
-        """What the token behind a pass of `forward` needs; age [B] is its own."""
-        pad, length = (0, 0) * 3 + (self.context - 1, 0), seen[0].shape[1]
-        return Cache(tuple(F.pad(layer, pad)[:, length:] for layer in seen), age)
-
 
 # --- agent
-
-
-def init_linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
-    layer = nn.Linear(inputs, outputs)
-    nn.init.orthogonal_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-def controller(inputs: int, outputs: int, gain: float, kind: str) -> nn.Sequential:
-    if kind == "linear":
-        return nn.Sequential(init_linear(inputs, outputs, gain))
-    hidden = []
+def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
+    layers = []
     for a, b in ((inputs, 128), (128, 64)):
-        hidden += [init_linear(a, b, math.sqrt(2)), nn.LayerNorm(b), nn.ReLU()]
-    return nn.Sequential(*hidden, init_linear(64, outputs, gain))
-
-
-class Unrolled(NamedTuple):
-    """What the networks make of observations [B, L, ...]."""
-
-    z: Tensor  # [B, L, Z] latents
-    commitment: Tensor  # [B, L]
-    h: Tensor  # [B, L, W]
-    params: Tensor  # [B, L, P]
-    values: Tensor  # [B, L]
-    seen: list[Tensor]  # keys and values of each layer [B, L, 2, heads, E]
+        layers += [nn.Linear(a, b), nn.LayerNorm(b), nn.ReLU()]
+    layers.append(nn.Linear(64, outputs))
+    for i in (0, 3, 6):
+        nn.init.orthogonal_(layers[i].weight, gain if i == 6 else math.sqrt(2))
+        nn.init.zeros_(layers[i].bias)
+    return nn.Sequential(*layers)
 
 
 class Agent(nn.Module):
-    """vision (observation <-> latent z), memory (z, action -> h), model (h, action -> what comes next), and policy and
-    value of (z, h), with the running statistics of value targets.
+    """vision (observation <-> latent z), memory (z, action -> h), model (h, action -> what comes next), and actor and
+    critic of (z, h). Values are normalised. Parameters [..., P] are logits, side by side for MultiDiscrete, or means,
+    then log standard deviations, of actions before tanh."""
 
-    Values are normalised; `return_stats.denormalize` gives them in units of reward. Distribution parameters [..., P]
-    are logits, side by side for MultiDiscrete, or means then log standard deviations of the actions before tanh.
-    """
-
-    def __init__(self, shape: tuple[int, ...], action_space: gym.Space, args: Args):
+    def __init__(self, obs_space: gym.Space, action_space: gym.Space, args: Args):
         super().__init__()
-        box = isinstance(action_space, Box)
-        num_params = int(np.prod(action_space.shape)) if box else sum(choices(action_space))
-        self.return_stats = RunningMeanStd((), memory=100_000)
-        self.latent_stats = RunningMeanStd((), memory=100_000)
-        self.vision = Vision(shape, args.quantizer)
-        self.memory = Memory(self.vision.size, num_params, args)
-        features = self.vision.size + args.memory_width
+        self.choices = [int(n) for n in np.ravel(getattr(action_space, "nvec", getattr(action_space, "n", ())))]
+        self.obs_space, self.action_space = obs_space, action_space
+        self.vision = Vision(obs_shape(obs_space), args.quantizer)
+        self.action_size, latent = gym.spaces.flatdim(action_space), self.vision.size
+        self.memory = Memory(latent, self.action_size, args)
         self.model = nn.Sequential(
-            nn.Linear(args.memory_width + num_params, 256), nn.ReLU(), nn.Linear(256, self.vision.size + 2)
+            nn.Linear(args.memory_width + self.action_size, 256), nn.ReLU(), nn.Linear(256, latent + 2)
         )
         nn.init.zeros_(self.model[-1].weight)
         nn.init.zeros_(self.model[-1].bias)
-        self.log_std = nn.Parameter(torch.full((num_params,), -0.5)) if box else None
-        self.actor = controller(features, num_params, 0.01, args.controller)
-        self.critic = controller(features, 1, 1.0, args.controller)
+        self.actor = mlp(latent + args.memory_width, self.action_size, 0.01)
+        self.critic = mlp(latent + args.memory_width, 1, 1.0)
+        self.log_std = nn.Parameter(torch.full((self.action_size,), -0.5)) if not self.choices else None
+        self.return_stats, self.latent_stats = (RunningMeanStd((), memory=100_000) for _ in range(2))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("foretold", torch.zeros(2))  # means of planned advantages squared and times realised ones
 
     def control(self, z: Tensor, h: Tensor, action_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Parameters [..., P] and values [...]."""
@@ -600,65 +417,82 @@ class Agent(nn.Module):
         change, reward, goes_on = self.model(torch.cat((h, action), -1)).split((z.shape[-1], 1, 1), -1)
         return z + change, reward.squeeze(-1), goes_on.squeeze(-1)
 
-    def step(
-        self, obs: Tensor, previous: Tensor, cache: Cache, action_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Cache]:
-        """One step of N environments: obs [N, *shape], previous actions [N, E] -> latents [N, Z], h [N, W], parameters
-        [N, P], values [N], next cache."""
-        z = self.vision.quantizer(self.vision.encode(obs))[0]
+    def step(self, obs: Tensor, previous: Tensor, cache: Cache, action_mask: Tensor | None = None) -> "Seen":
+        """One step of N environments: obs [N, *shape], encoded actions before it [N, E], action_mask [N, P]."""
+        z, commitment = self.vision.quantize(self.vision.encode(obs))
         h, cache = self.memory.step(z, previous, cache)
-        return z, h, *self.control(z, h, action_mask), cache
+        return Seen(z, commitment, h, *self.control(z, h, action_mask), cache)
 
-    def unroll(self, obs: Tensor, previous: Tensor, age: Tensor, action_mask: Tensor | None = None) -> Unrolled:
+    def unroll(self, obs: Tensor, previous: Tensor, age: Tensor, action_mask: Tensor | None = None) -> "Seen":
         """Whole sequences, as Memory.forward takes them: obs [B, L, *shape], action_mask [B, L, P]."""
-        z, _, commitment = self.vision.quantizer(self.vision.encode(obs))
-        h, seen = self.memory(z, previous, age)
-        return Unrolled(z, commitment, h, *self.control(z, h, action_mask), seen)
+        z, commitment = self.vision.quantize(self.vision.encode(obs))
+        h, cache = self.memory(z, previous, age)
+        return Seen(z, commitment, h, *self.control(z, h, action_mask), cache)
 
-    def parts(self) -> dict[str, list[nn.Parameter]]:
-        """Weights by what they belong to."""
-        groups = {"vision": [], "memory": [], "controller": []}
-        for name, weight in self.named_parameters():
-            first = name.split(".")[0]
-            groups["memory" if first == "model" else first if first in groups else "controller"].append(weight)
-        return groups
+    def beta(self, args: Args) -> float:
+        """How much plans steer: as much as what they said of past actions came true, by least squares. Planned
+        advantages of less than a hundredth of the returns' standard deviation count as none (detail 4)."""
+        return args.planning_beta * max(0.0, float(self.foretold[1] / (self.foretold[0] + 1e-4)))
 
     @torch.no_grad()
-    def update_statistics(self, obs: Tensor, returns: Tensor, generator: torch.Generator | None = None) -> None:
-        """Merges obs [M, *shape] and returns [M], moves the codebook if there is a generator, and rescales critic and
-        reward head so that what they say in units of reward stays the same (details 1 and 8; PopArt, arXiv 1602.07714,
-        eq. 9)."""
-        mean, std, last = self.return_stats.mean.clone(), self.return_stats.std.clone(), self.critic[-1]
-        if generator is not None and not self.vision.image:
+    def update(self, obs: Tensor, returns: Tensor, generator: torch.Generator | None) -> None:
+        """Merges obs [M, *shape] and returns [M], moves the codes, both of vision only with a generator, and rescales
+        critic and reward head so that what they say stays the same (details 1 and 8; PopArt, 1602.07714, eq. 9)."""
+        stats, mean, std, last = (
+            self.return_stats,
+            self.return_stats.mean.clone(),
+            self.return_stats.std.clone(),
+            self.critic[-1],
+        )
+        if generator and not self.vision.image:
             self.vision.obs_stats.update(obs)
         x = self.vision.encode(obs)
-        if generator is not None:
+        if generator and self.vision.quantizer:
             self.vision.quantizer.update(x, generator)
-        self.latent_stats.update(self.vision.quantizer(x)[0].flatten())
-        self.return_stats.update(returns)
-        last.weight.mul_(std / self.return_stats.std)
-        last.bias.copy_((std * last.bias + mean - self.return_stats.mean) / self.return_stats.std)
+        self.latent_stats.update(self.vision.quantize(x)[0].flatten())
+        stats.update(returns)
+        last.weight.mul_(std / stats.std)
+        last.bias.copy_((std * last.bias + mean - stats.mean) / stats.std)
         for weight in (self.model[-1].weight, self.model[-1].bias):
-            weight[-2] *= std / self.return_stats.std
+            weight[-2] *= std / stats.std
+        self.updates += 1
 
 
-def choices(space: gym.Space) -> list[int]:
-    """Numbers of choices of a discrete action: [n], or one for each entry of a MultiDiscrete."""
-    return [int(space.n)] if isinstance(space, Discrete) else [int(n) for n in space.nvec.flat]
+class Seen(NamedTuple):
+    """What an agent makes of observations [..., *shape]: one step [N] or sequences [B, L]."""
+
+    z: Tensor  # [..., Z] latents
+    commitment: Tensor  # [...]
+    h: Tensor  # [..., W]
+    params: Tensor  # [..., P]
+    value: Tensor  # [...] normalised
+    cache: Cache  # of the next step
 
 
-def sample(params: Tensor, space: gym.Space, generator: torch.Generator | None = None) -> Tensor:
-    """Actions [..., A], of a Box before tanh; without a generator, the most likely ones."""
-    if isinstance(space, Box):
-        mean, log_std = params.chunk(2, -1)
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device) if generator else 0
-        return mean + log_std.exp() * noise
-    actions = []
-    for logits in params.split(choices(space), -1):
-        exponential = torch.empty_like(logits).exponential_(generator=generator) if generator else torch.ones(())
-        gumbel = -(exponential + 1e-20).log()  # the maximum of logits + Gumbel noise is a sample of their softmax
-        actions.append((logits + gumbel).argmax(-1, keepdim=True))
-    return torch.cat(actions, -1)
+# --- distributions
+def encode_action(action: Tensor, choices: list[int]) -> Tensor:
+    """Actions [..., A] as memory and model take them [..., E]: one-hot, or squashed."""
+    if not choices:  # a Box
+        return action.tanh()
+    return torch.cat([F.one_hot(a, n) for a, n in zip(action.unbind(-1), choices, strict=True)], -1).float()
+
+
+def sample(params: Tensor, choices: list[int], generator: torch.Generator | None, alike: int = 1) -> Tensor:
+    """Actions [..., A], of a Box before tanh; without a generator, the likeliest ones. Each `alike` rows in turn share
+    their random numbers."""
+    mean, *log_std = (params,) if choices else params.chunk(2, -1)
+    if not generator:
+        noise = torch.zeros_like(mean)
+    else:
+        noise = mean.new_empty(len(mean) // alike, *mean.shape[1:])
+        if choices:  # the maximum of logits + Gumbel noise is a sample of their softmax
+            noise = -(noise.exponential_(generator=generator) + 1e-20).log()
+        else:
+            noise.normal_(generator=generator)
+        noise = noise.repeat_interleave(alike, 0)
+    if not choices:
+        return mean + log_std[0].exp() * noise
+    return torch.stack([logits.argmax(-1) for logits in (mean + noise).split(choices, -1)], -1)
 
 
 def log_slope(x: Tensor) -> Tensor:
@@ -669,66 +503,57 @@ def log_slope(x: Tensor) -> Tensor:
 HERMITE = [torch.tensor(x, dtype=torch.float32) for x in np.polynomial.hermite_e.hermegauss(16)]  # points, weights
 
 
-def logprob_entropy(params: Tensor, action: Tensor, space: gym.Space) -> tuple[Tensor, Tensor]:
+def logprob_entropy(params: Tensor, action: Tensor, choices: list[int]) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies [...] for params [..., P], actions [..., A]: densities of tanh(action) for a Box,
     whose entropy is that of a Gaussian plus the mean of log_slope, by Gauss-Hermite quadrature (detail 6)."""
-    if isinstance(space, Box):
+    if not choices:
         mean, log_std = params.chunk(2, -1)
         gaussian = -0.5 * ((action - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
         points, weights = (x.to(mean) for x in HERMITE)
         slope = log_slope(mean[..., None] + log_std.exp()[..., None] * points) @ weights / math.sqrt(2 * math.pi)
         entropy = log_std + 0.5 * math.log(2 * math.pi * math.e) + slope
         return (gaussian - log_slope(action)).sum(-1), entropy.sum(-1)
-    logprob, entropy = 0, 0
-    for i, logits in enumerate(params.split(choices(space), -1)):
-        logprobs = logits.log_softmax(-1)
-        logprob = logprob + logprobs.gather(-1, action[..., i : i + 1]).squeeze(-1)
-        entropy = entropy - (logprobs.exp() * logprobs).sum(-1)
-    return logprob, entropy
+    logprobs = [logits.log_softmax(-1) for logits in params.split(choices, -1)]
+    logprob = sum(x.gather(-1, action[..., i, None]).squeeze(-1) for i, x in enumerate(logprobs))
+    return logprob, sum(-(x.exp() * x).sum(-1) for x in logprobs)
 
 
-def cross_entropy(params: Tensor, target: Tensor, space: gym.Space) -> Tensor:
-    """Of the policy `params` under the policy `target`, both [..., P] -> [...]; of a Box, before tanh."""
-    if isinstance(space, Box):
+def cross_entropy(params: Tensor, target: Tensor, choices: list[int]) -> Tensor:
+    """Of the policy `params` under the policy `target`, both [..., P] -> [...]; less a Box's constant."""
+    if not choices:
         (mean, log_std), (target_mean, target_log_std) = params.chunk(2, -1), target.chunk(2, -1)
         spread = (2 * target_log_std).exp() + (target_mean - mean) ** 2
         return (0.5 * spread * (-2 * log_std).exp() + log_std).sum(-1)
-    pairs = zip(params.split(choices(space), -1), target.split(choices(space), -1), strict=True)
+    pairs = zip(params.split(choices, -1), target.split(choices, -1), strict=True)
     return -sum((wanted.softmax(-1) * logits.log_softmax(-1)).sum(-1) for logits, wanted in pairs)
 
 
 # --- planning
-
-
-@torch.no_grad()
-def action_values(
-    agent: Agent, z: Tensor, h: Tensor, cache: Cache, action: Tensor, args: Args, space: gym.Space, rng: torch.Generator
-) -> Tensor:
-    """Q [N, K] of candidate actions [N, K, A], in standard deviations of returns: the model imagines what follows under
-    the policy for `planning_horizon` steps; then comes the value."""
-    shape, num_candidates = action.shape[:2], action.shape[1]
-    z, h, action = z.repeat_interleave(num_candidates, 0), h.repeat_interleave(num_candidates, 0), action.flatten(0, 1)
-    cache, total, discount = cache.map(lambda x: x.repeat_interleave(num_candidates, 0)), 0.0, 1.0
-    for _ in range(args.planning_horizon):
-        taken = encode_action(action, space)
+def action_values(agent: Agent, seen: Seen, action: Tensor, args: Args, generator: torch.Generator) -> Tensor:
+    """Q [N, K] of candidate actions [N, K, A], in standard deviations of returns: each is held for `planning_hold`
+    steps, then the model follows the policy, with the same random numbers for all K; at the end comes the value."""
+    num_candidates = action.shape[1]
+    rows = torch.arange(len(action), device=action.device).repeat_interleave(num_candidates)
+    z, h, cache, action = seen.z[rows], seen.h[rows], seen.cache.rows(rows), action.flatten(0, 1)
+    total, discount = 0.0, 1.0
+    for k in range(1, args.planning_horizon + 1):
+        taken = encode_action(action, agent.choices)
         z, reward, goes_on = agent.imagine(z, h, taken)
         total, discount = total + discount * reward, discount * args.gamma * goes_on.sigmoid()
-        z = agent.vision.quantizer(z)[0]
+        z, _ = agent.vision.quantize(z)
         h, cache = agent.memory.step(z, taken, cache)
         params, value = agent.control(z, h)
-        action = sample(params, space, rng)
+        if k >= args.planning_hold:
+            action = sample(params, agent.choices, generator, alike=num_candidates)
     mean = agent.return_stats.mean / agent.return_stats.std
-    return (total + discount * (value + mean)).view(shape)
+    return (total + discount * (value + mean)).unflatten(0, (-1, num_candidates))
 
 
-def steer(params: Tensor, action: Tensor, q: Tensor, beta: float, space: gym.Space) -> Tensor:
-    """Parameters [N, P] of the planned policy, proportional to the policy times exp(beta Q) (detail 4).
-
-    Discrete: logits + beta (Q - mean of Q under the policy), the completed-Q form of Gumbel MuZero (Danihelka et al.
-    2022). Box: candidates [N, K, A] drawn from the policy weigh exp(beta Q); the Gaussian moves as their mean does, and
-    its spread changes as theirs, unbiased, by a factor of at most 2. Equal Q change nothing.
-    """
-    if isinstance(space, Discrete):
+def steer(params: Tensor, action: Tensor, q: Tensor, beta: float, choices: list[int]) -> Tensor:
+    """Parameters [N, P] of the policy times exp(beta Q), Q [N, K]. Discrete: logits + beta (Q - its mean), as in Gumbel
+    MuZero (Danihelka et al. 2022). Box: candidates [N, K, A], drawn from the policy, weigh exp(beta Q); the Gaussian
+    moves as their mean does, and its spread as theirs, by a factor of at most 2. Equal Q change nothing (detail 4)."""
+    if choices:
         return params + beta * (q - (params.softmax(-1) * q).sum(-1, keepdim=True))
     mean, log_std = params.chunk(2, -1)
     weight = (beta * q).softmax(-1).unsqueeze(-1)  # [N, K, 1]
@@ -739,823 +564,529 @@ def steer(params: Tensor, action: Tensor, q: Tensor, beta: float, space: gym.Spa
     return torch.cat((mean + new_center - center, log_std + wider), -1)
 
 
-def plan(
-    agent: Agent,
-    z: Tensor,
-    h: Tensor,
-    params: Tensor,
-    cache: Cache,
-    beta: float,
-    args: Args,
-    space: gym.Space,
-    rng: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """Parameters [N, P] of the planned policy, and the best candidate action [N, A]."""
-    if isinstance(space, Discrete):
-        action = torch.arange(int(space.n), device=z.device).expand(len(z), -1).unsqueeze(-1)  # [N, K, 1]
+def plan(agent: Agent, seen: Seen, args: Args, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Parameters of the planned policy, which acts, and of the policy times exp(Q), which says what plans foretell."""
+    if agent.choices:
+        action = (
+            torch.arange(agent.action_size, device=seen.z.device).expand(len(seen.z), -1).unsqueeze(-1)
+        )  # [N, K, 1]
     else:
-        action = sample(params.unsqueeze(1).expand(-1, args.planning_samples, -1), space, rng)  # [N, K, A]
-    q = action_values(agent, z, h, cache, action, args, space, rng)
-    forbidden = params <= torch.finfo(params.dtype).min if isinstance(space, Discrete) else torch.zeros_like(q).bool()
-    best = q.masked_fill(forbidden, -math.inf).argmax(-1)
-    return steer(params, action, q, beta, space), action[torch.arange(len(z)), best]
+        candidates = seen.params.unsqueeze(1).expand(-1, args.planning_samples, -1)
+        action = sample(candidates, agent.choices, generator)  # [N, K, A]
+    q = action_values(agent, seen, action, args, generator)
+    return tuple(steer(seen.params, action, q, beta, agent.choices) for beta in (agent.beta(args), 1.0))
 
 
 # --- rollout
+class Rollout(NamedTuple):
+    """Steps of N environments: what the agent saw *before* the step, what it did, what came back. Of the R rows, the
+    last T are the rollout's own; the `prefix` before them are what the memory looks back on."""
+
+    obs: Tensor  # [R, N, *shape]
+    previous: Tensor  # [R, N, E] the action before, encoded; zeros at an episode's start
+    age: Tensor  # [R, N] steps since that start; -1: there is no such step
+    action_mask: Tensor  # [R, N, P] bool: what a discrete action may choose
+    params: Tensor  # [R, N, P] of the policy …
+    behaviour: Tensor  # [R, N, P] … and of the planned one, which acted
+    planned: Tensor  # [R, N] advantage that the plan saw in the action; 0 without a plan
+    action: Tensor  # [R, N, A] of a Box before tanh
+    value: Tensor  # [R, N] normalised
+    next_value: Tensor  # [R, N] of the true next observation, also where it is the episode's last (detail 5)
+    reward: Tensor  # [R, N]
+    terminated: Tensor  # [R, N] bool
+    truncated: Tensor  # [R, N] bool
 
 
-class Rollout:
-    """T steps of N environments, behind the `prefix` P steps before them that the memory looks back on. Row t of the
-    arrays [T, N, ...] belongs to step t, row P + t of `obs`, `previous` and `age` [P + T, N, ...] too."""
-
-    def __init__(
-        self,
-        args: Args,
-        agent: Agent,
-        action_space: gym.Space,
-        masked: bool,
-        device: torch.device,
-        before: "Rollout | None" = None,
-    ):
-        def empty(*shape: int, dtype: torch.dtype = torch.float32, rows: int = args.num_steps) -> Tensor:
-            return torch.zeros(rows, args.num_envs, *shape, dtype=dtype, device=device)
-
-        box = isinstance(action_space, Box)
-        size = int(np.prod(action_space.shape)) if box else sum(choices(action_space))
-        self.prefix = agent.memory.prefix
-        rows = self.prefix + args.num_steps
-        self.obs = empty(*agent.vision.shape, dtype=torch.uint8 if agent.vision.image else torch.float32, rows=rows)
-        self.previous = empty(size, rows=rows)  # the action before, encoded; zeros at an episode's start
-        self.age = empty(dtype=torch.int64, rows=rows).fill_(-1)  # steps since the episode's start; -1: no such step
-        if before is not None:
-            for name in ("obs", "previous", "age"):
-                getattr(self, name)[: self.prefix] = getattr(before, name)[args.num_steps :]
-        self.action_mask = empty(size, dtype=torch.bool) if masked else None
-        self.action = empty(int(np.prod(action_space.shape)), dtype=torch.float32 if box else torch.int64)
-        self.logprob = empty()  # of the policy
-        self.behaviour = empty(2 * size if box else size)  # parameters of the planned policy, which acted …
-        self.behaviour_logprob = empty()  # … and its log-probability of what it did
-        self.value = empty()  # in units of reward
-        self.next_value = empty()  # V of the observation after the step, also where it is the episode's last (detail 5)
-        self.reward = empty()
-        self.terminated = empty(dtype=torch.bool)
-        self.truncated = empty(dtype=torch.bool)
-
-    @property
-    def done(self) -> Tensor:
-        return self.terminated | self.truncated
-
-    def columns(self, chosen: Tensor | slice) -> tuple[Tensor, Tensor, Tensor]:
-        """obs, previous and age of some environments, as Agent.unroll takes them: [B, P + T, ...]."""
-        return tuple(x[:, chosen].transpose(0, 1) for x in (self.obs, self.previous, self.age))
-
-
-@dataclass
-class Carry:
-    """Where the environments stand between two rollouts."""
-
-    obs: Tensor  # [N, *shape]
-    previous: Tensor  # [N, E]
-    cache: Cache
-    action_mask: Tensor | None  # [N, P] bool
-    returns: np.ndarray  # [N] of the running episodes
-    lengths: np.ndarray  # [N]
-
-
-def finite(x: np.ndarray, what: str) -> np.ndarray:
-    if not np.isfinite(x).all():
-        raise FloatingPointError(f"an environment returned a non-finite {what}: {x}")
-    return x
-
-
-def observe(envs: VectorEnv, obs, infos: dict, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Observations [N, *shape] and the action mask [N, P] of `infos["action_mask"]`, if the environment gives one."""
-    image = len(obs_shape(envs.single_observation_space)) == 3
-    array = np.array(obs) if image else flatten(envs.single_observation_space, obs)
-    seen = torch.from_numpy(finite(array, "observation")).to(device)
-    if "action_mask" not in infos:
-        return seen, None
-    action_mask = torch.from_numpy(np.asarray(infos["action_mask"])).bool().to(device)  # [N, P]
-    allowed = [part.any(-1) for part in action_mask.split(choices(envs.single_action_space), -1)]
-    if not torch.stack(allowed).all():
-        raise ValueError(f"environment {(~torch.stack(allowed).all(0)).nonzero()[0, 0]} allows no action at all")
-    return seen, action_mask
-
-
-def final_observation(envs: VectorEnv, infos: dict, n: int, device: torch.device) -> Tensor:
-    space, obs = envs.single_observation_space, infos["final_obs"][n]
-    flat = np.array(obs) if len(obs_shape(space)) == 3 else gym.spaces.flatten(space, obs).astype(np.float32)
-    return torch.from_numpy(finite(flat, "final observation")).to(device)
-
-
-def step_envs(envs: VectorEnv, action: np.ndarray) -> tuple:
-    try:
-        return envs.step(action)
-    except (EOFError, BrokenPipeError, ConnectionResetError) as error:
-        if not isinstance(envs, AsyncVectorEnv):
-            raise
-        for process in envs.processes:  # Gymnasium's close would wait for the dead one
-            process.terminate()
-        envs.closed = True
-        raise RuntimeError("the process of an environment died") from error
-
-
-def reset(envs: VectorEnv, agent: Agent, seed: int) -> Carry:
-    obs, infos = envs.reset(seed=seed)
-    cache = agent.memory.empty_cache(envs.num_envs)
-    obs, action_mask = observe(envs, obs, infos, cache.age.device)
-    previous = agent.memory.norm.weight.new_zeros(envs.num_envs, agent.memory.action.in_features)
-    return Carry(obs, previous, cache, action_mask, np.zeros(envs.num_envs), np.zeros(envs.num_envs, int))
-
-
-def advance(carry: Carry, taken: Tensor, cache: Cache, reward: np.ndarray, done: np.ndarray) -> None:
-    """Moves all but observation and mask on by a step in which `taken` [N, E] was done. After an episode's end the next
-    one has no past."""
-    ended = torch.from_numpy(done).to(taken.device)
-    carry.previous = taken * ~ended[:, None]
-    carry.cache = cache._replace(age=cache.age.masked_fill(ended, 0))
-    carry.returns, carry.lengths = carry.returns + reward, carry.lengths + 1
+class Episode(NamedTuple):
+    n: int  # its environment
+    total: float  # its return
+    length: int
 
 
 @torch.inference_mode()
-def collect(
-    envs: VectorEnv, agent: Agent, rollout: Rollout, carry: Carry, beta: float, args: Args, generator: torch.Generator
-) -> list:
-    """Fills the rollout, moves `carry` on, and gives (return, length) of each episode that ended on the way. The policy
-    is steered by plans if beta is above 0."""
-    space, device, episodes = envs.single_action_space, carry.obs.device, []
-    for t in range(args.num_steps):
-        z, h, params, value, cache = agent.step(carry.obs, carry.previous, carry.cache, carry.action_mask)
-        behaviour = plan(agent, z, h, params, cache, beta, args, space, generator)[0] if beta else params
-        action = sample(behaviour, space, generator)
-        row = rollout.prefix + t
-        rollout.obs[row], rollout.previous[row], rollout.age[row] = carry.obs, carry.previous, carry.cache.age
-        rollout.action[t], rollout.behaviour[t], rollout.value[t] = action, behaviour, value
-        if rollout.action_mask is not None:
-            rollout.action_mask[t] = carry.action_mask
-        rollout.logprob[t] = logprob_entropy(params, action, space)[0]
-        rollout.behaviour_logprob[t] = logprob_entropy(behaviour, action, space)[0] if beta else rollout.logprob[t]
-        if t:
-            rollout.next_value[t - 1] = torch.where(rollout.done[t - 1], rollout.next_value[t - 1], value)
+def play(
+    envs: VectorEnv, agent: Agent, args: Args, seed: int, sampled: bool = True, memory: bool = True, plans: bool = False
+) -> Iterator[tuple]:
+    """Plays without end, and gives each step, a Rollout without the dimension R, and the list of Episodes that end with
+    it. The actions are sampled, or the likeliest; without memory, every step is taken for the first of its episode;
+    with plans, these steer. After Agent.update the memory looks again at what it has seen."""
+    space, choices, device = agent.action_space, agent.choices, agent.updates.device
+    generator = torch.Generator(device).manual_seed(seed)
+    no_action = np.zeros((envs.num_envs, agent.action_size), np.float32)
 
-        obs, reward, terminated, truncated, infos = step_envs(envs, env_action(action, space))
-        carry.obs, carry.action_mask = observe(envs, obs, infos, device)
-        rollout.reward[t] = torch.from_numpy(finite(reward, "reward"))
-        rollout.terminated[t], rollout.truncated[t] = torch.from_numpy(terminated), torch.from_numpy(truncated)
-        taken = encode_action(action, space)
-        if truncated.any():  # their last observations count as any other
-            last = torch.stack([final_observation(envs, infos, n, device) for n in np.flatnonzero(truncated)])
-            cut = rollout.truncated[t]
-            rollout.next_value[t, cut] = agent.step(last, taken[cut], cache.map(lambda x, cut=cut: x[cut]))[3]
-        advance(carry, taken, cache, reward, terminated | truncated)
+    def masks(infos: dict) -> Tensor:
+        silent = ~infos.get("_action_mask", no_action[:, 0] > 0)[:, None]  # environments without one allow everything
+        action_mask = torch.from_numpy(np.asarray(infos.get("action_mask", no_action), bool) | silent)
+        for part in action_mask.split(choices, -1) if choices else ():
+            for n in (~part.any(-1)).nonzero():
+                raise ValueError(f"environment {int(n)} allows no action at all")
+        return action_mask.to(device)
+
+    def observed(raw) -> np.ndarray:  # [N, *shape]
+        return np.array(raw) if agent.vision.image else flatten(agent.obs_space, raw)
+
+    raw, infos = envs.reset(seed=seed)
+    obs, action_mask = torch.from_numpy(observed(raw)).to(device), masks(infos)
+    previous, age = torch.from_numpy(no_action).to(device), agent.updates.new_zeros(envs.num_envs)
+    updates, recent = None, deque(maxlen=agent.memory.prefix + 1)
+    while True:
+        recent.append((obs, previous, age, action_mask))
+        if updates != int(agent.updates):
+            updates, rows = int(agent.updates), agent.unroll(*(torch.stack(x, 1) for x in zip(*recent, strict=True)))
+            seen = Seen(*(x[:, -1] for x in rows[:-1]), rows.cache)
+        params = behaviour = unit = seen.params
+        if plans and updates:
+            behaviour, unit = plan(agent, seen, args, generator)
+        action = sample(behaviour, choices, generator if sampled else None)
+        # log of unit / params is Q and a constant; less its mean under what acts
+        gain = logprob_entropy(unit, action, choices)[0] - logprob_entropy(params, action, choices)[0]
+        planned = gain + cross_entropy(unit, behaviour, choices) - cross_entropy(params, behaviour, choices)
+        taken = encode_action(action, choices)
+        done = (action if choices else taken).cpu().numpy().reshape(-1, *space.shape) + getattr(space, "start", 0)
+        try:
+            raw, reward, terminated, truncated, infos = envs.step(done)
+        except (EOFError, BrokenPipeError, ConnectionResetError) as error:
+            for process in getattr(envs, "processes", ()):  # Gymnasium's close would wait for the dead one
+                process.terminate()
+            envs.closed = True
+            raise RuntimeError("the process of an environment died") from error
+        new, episodes = observed(raw), []
         for n in np.flatnonzero(terminated | truncated):
-            episodes.append((float(carry.returns[n]), int(carry.lengths[n])))
-            carry.returns[n], carry.lengths[n] = 0, 0
-    value = agent.step(carry.obs, carry.previous, carry.cache, carry.action_mask)[3]
-    rollout.next_value[-1] = torch.where(rollout.done[-1], rollout.next_value[-1], value)
-    for values in (rollout.value, rollout.next_value):
-        values.copy_(agent.return_stats.denormalize(values))
-    return episodes
+            info = infos["final_info"]["episode"]
+            episodes.append(Episode(n, float(info["r"][n]), int(info["l"][n])))
+        cut = np.flatnonzero(truncated)
+        final = [infos["final_obs"][n] for n in cut]
+        final = [x if agent.vision.image else gym.spaces.flatten(agent.obs_space, x) for x in final]
+        final = np.array(final, new.dtype).reshape(-1, *new.shape[1:])
+        if not (np.isfinite(new).all() and np.isfinite(final).all() and np.isfinite(reward).all()):
+            raise FloatingPointError("an environment returned an observation or a reward that is not finite")
+        back = (np.float32(reward), terminated, truncated, new, final, cut)
+        *back, new, final, cut = (torch.from_numpy(x).to(device) for x in back)
+
+        on = ~(back[1] | back[2]) & memory  # [N] where the episode goes on
+        following = new, taken * on[:, None], seen.cache.age * on, masks(infos)
+        then = agent.step(*following[:2], Cache(seen.cache.seen, following[2]), following[3])
+        next_value = then.value.clone()
+        if len(cut):
+            next_value[cut] = agent.step(final, taken[cut], seen.cache.rows(cut)).value
+        acted = (params, behaviour, planned, action, seen.value, next_value)
+        yield Rollout(obs, previous, age, action_mask, *acted, *back), episodes
+        (obs, previous, age, action_mask), seen = following, then
 
 
-@torch.no_grad()
-def rebuild_cache(agent: Agent, rollout: Rollout, carry: Carry) -> None:
-    """Recomputes the keys and values that the next step looks back on, with weights and statistics as they now are."""
-    last = agent.memory.prefix + 1  # `prefix` rows would do, but there may be none
-    seen = agent.unroll(*(x[:, -last:] for x in rollout.columns(slice(None)))).seen
-    carry.cache = agent.memory.cache(seen, carry.cache.age)
+def join(steps: Sequence[Rollout], prefix: int, before: Rollout | None = None) -> Rollout:
+    """Steps as a Rollout, behind the last `prefix` rows of the one before, or behind padding."""
+    new = Rollout(*(torch.stack(x) for x in zip(*steps, strict=True)))
+    if before is None:
+        before = Rollout(*(x.new_zeros(prefix, *x.shape[1:]) for x in new))
+        before.age.fill_(-1)
+    return Rollout(*(torch.cat((x[len(x) - prefix :], y)) for x, y in zip(before, new, strict=True)))
+
+
+def collect(player: Iterator[tuple], num_steps: int, prefix: int, before: Rollout | None) -> tuple[Rollout, list]:
+    """The next `num_steps` steps, and the episodes that end in them."""
+    steps, ended = zip(*(next(player) for _ in range(num_steps)), strict=True)
+    return join(steps, prefix, before), [x for episodes in ended for x in episodes]
 
 
 # --- loss
-
-
 def a2c_loss(
-    agent: Agent, rollout: Rollout, chosen: Tensor, space: gym.Space, beta: float, args: Args, num_steps: float
+    agent: Agent, batch: Rollout, advantages: Tensor, returns: Tensor, shift: float, args: Args, num_steps: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of the environments `chosen` [B], and metrics: sums over their steps divided by `num_steps`, the steps of an
-    average minibatch, so that every step of the rollout weighs the same.
+    """Loss of sequences `batch` [B, R, ...], whose last T rows have these advantages and returns [B, T], and metrics:
+    sums over them divided by `num_steps`, how many an average minibatch has, so that every step weighs the same.
 
-    policy + vf_coef value - ent_coef entropy + distill_coef beta distillation + vision_coef vision + memory_coef memory
+    policy + vf_coef value - ent_coef entropy + distill_coef shift distill + vision_coef vision + memory_coef memory
     """
-
-    def take(x: Tensor) -> Tensor:
-        return x[:, chosen].transpose(0, 1)  # [B, T, ...]
-
-    masks = None
-    if rollout.action_mask is not None:
-        masks = F.pad(take(rollout.action_mask), (0, 0, rollout.prefix, 0), value=True)
-    unrolled = agent.unroll(*rollout.columns(chosen), masks)
-    z, commitment, h, params, value = (part[:, rollout.prefix :] for part in unrolled[:-1])  # [B, T, ...]
-    logprob, entropy = logprob_entropy(params, take(rollout.action), space)
-    log_ratio, advantage = logprob - take(rollout.logprob), take(rollout.advantages)
-    ratio = log_ratio.exp()
-    importance = (take(rollout.logprob) - take(rollout.behaviour_logprob)).exp()
-    weight = importance.clamp(max=args.importance_cap)
-
+    prefix = batch.age.shape[1] - returns.shape[1]
+    seen = agent.unroll(batch.obs, batch.previous, batch.age, batch.action_mask)
+    seen = Seen(*(x[:, prefix:] for x in seen[:-1]), seen.cache)
+    batch = Rollout(*(x[:, prefix:] for x in batch))
+    policies = (seen.params, batch.params, batch.behaviour)
+    (logprob, entropy), (old, _), (acting, _) = (logprob_entropy(x, batch.action, agent.choices) for x in policies)
+    log_ratio, importance = logprob - old, (old - acting).exp()
+    ratio, weight = log_ratio.exp(), importance.clamp(max=2)
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-    terms = {
-        "policy_loss": weight * torch.max(-advantage * ratio, -advantage * clipped),
-        "value_loss": 0.5 * (value - agent.return_stats.normalize(take(rollout.returns))) ** 2,
-        "vision_loss": vision_loss(agent, take(rollout.obs[rollout.prefix :]), z, commitment),
-        "memory_loss": memory_loss(agent, rollout, chosen, z, h, space),
-    }
-    if beta:
-        terms["distill_loss"] = beta * cross_entropy(params, take(rollout.behaviour), space)
-    per_step = terms | {
+    error = agent.vision.decode(seen.z) - agent.vision.normalize(batch.obs)
+    per_step = {  # each [B, T]
+        "policy_loss": weight * torch.max(-advantages * ratio, -advantages * clipped),
+        "value_loss": 0.5 * (seen.value - agent.return_stats.normalize(returns)) ** 2,
         "entropy": entropy,
+        "distill_loss": cross_entropy(seen.params, batch.behaviour, agent.choices),
+        "vision_loss": error.square().flatten(2).mean(-1) + 0.25 * seen.commitment,
+        "memory_loss": memory_loss(agent, batch, seen),
+        "importance": weight,
         "old_approx_kl": importance * -log_ratio,
         "approx_kl": importance * (ratio - 1 - log_ratio),  # http://joschu.net/blog/kl-approx.html
         "clipfrac": ((ratio - 1).abs() > args.clip_coef).float(),
-        "importance": weight,
     }
     metrics = {name: x.sum() / num_steps for name, x in per_step.items()}
-    weights = {"vision_loss": args.vision_coef} if args.stage != "memory" else {}
-    weights |= {"memory_loss": args.memory_coef} if args.stage != "vision" else {}
-    if args.stage == "all":
-        weights |= {"policy_loss": 1.0, "value_loss": args.vf_coef, "distill_loss": args.distill_coef}
-        weights |= {"entropy": -args.ent_coef}
-    loss = sum(coefficient * metrics[name] for name, coefficient in weights.items() if name in metrics)
+    coefficients = {"policy_loss": 1.0, "value_loss": args.vf_coef, "entropy": -args.ent_coef}
+    coefficients |= {"vision_loss": args.vision_coef, "memory_loss": args.memory_coef}
+    coefficients |= {"distill_loss": args.distill_coef * shift} if shift else {}
+    if args.stage != "all":
+        coefficients = {f"{args.stage}_loss": 1.0}
+    loss = sum(coefficient * metrics[name] for name, coefficient in coefficients.items())
     metrics["ratio_error"] = (ratio - 1).abs().max()
     return loss, {f"losses/{name}": x.detach() for name, x in metrics.items()}
 
 
-def vision_loss(agent: Agent, obs: Tensor, z: Tensor, commitment: Tensor) -> Tensor:
-    """Mean squared error of the reconstruction, and commitment to the codes: obs [B, T, *shape] -> [B, T]."""
-    error = agent.vision.decode(z) - agent.vision.normalize(obs)
-    return error.square().flatten(2).mean(-1) + 0.25 * commitment
-
-
-def memory_loss(agent: Agent, rollout: Rollout, chosen: Tensor, z: Tensor, h: Tensor, space: gym.Space) -> Tensor:
+def memory_loss(agent: Agent, batch: Rollout, seen: Seen) -> Tensor:
     """Of the model's next latent (relative to the variance of latents, and without gradient to the target), reward and
-    continue flag, [B, T]. An episode's last step has no next latent, and only termination is its end (detail 3)."""
-    action, reward, terminated, done = (
-        x[:, chosen].transpose(0, 1) for x in (rollout.action, rollout.reward, rollout.terminated, rollout.done)
-    )
-    next_z, next_reward, goes_on = agent.imagine(z.detach(), h, encode_action(action, space))
-    error = (next_z[:, :-1] - z[:, 1:].detach()).square().mean(-1) / agent.latent_stats.std**2
-    error = F.pad(error * ~done[:, :-1], (0, 1))
-    reward_error = (next_reward - reward / agent.return_stats.std) ** 2
-    return error + reward_error + F.binary_cross_entropy_with_logits(goes_on, (~terminated).to(z), reduction="none")
+    going on, [B, T]. An episode's last step has no next latent, and only termination is its end (detail 3)."""
+    next_z, reward, goes_on = agent.imagine(seen.z.detach(), seen.h, encode_action(batch.action, agent.choices))
+    error = (next_z[:, :-1] - seen.z[:, 1:].detach()).square().mean(-1) / agent.latent_stats.std**2
+    error = F.pad(error * ~(batch.terminated | batch.truncated)[:, :-1], (0, 1))
+    reward_error = (reward - batch.reward / agent.return_stats.std) ** 2
+    going_on = (~batch.terminated).to(goes_on)
+    return error + reward_error + F.binary_cross_entropy_with_logits(goes_on, going_on, reduction="none")
 
 
-# --- imagination
+def descend(loss: Tensor, agent: Agent, optimizer: torch.optim.Optimizer, max_norm: float) -> dict[str, Tensor]:
+    """A step down the gradient, its mean over processes, clipped; gives its norms, or raises if one is not finite."""
+    weights = {name: weight for name, weight in agent.named_parameters() if weight.requires_grad}
+    optimizer.zero_grad()
+    loss.backward()
+    for weight in weights.values():
+        all_mean(weight.grad)
+    parts = {"vision": "vision.", "memory": ("memory.", "model."), "controller": ("actor.", "critic.", "log_std")}
+    norms = {}
+    for part, names in parts.items():
+        gradients = [weight.grad for name, weight in weights.items() if name.startswith(names)]
+        norms |= {f"gradients/{part}": nn.utils.get_total_norm(gradients)} if gradients else {}
+    norms["losses/grad_norm"] = nn.utils.clip_grad_norm_(weights.values(), max_norm, error_if_nonfinite=True)
+    optimizer.step()
+    return norms
 
 
+# --- dreams
 class Dream(NamedTuple):
-    """M starts in sequences of the past, and the K steps that followed."""
+    """What came in the K steps after each of M starts, and what the model imagined."""
 
-    imagined: Tensor  # [M, K, Z] latents that the model gave for the actions that were taken
-    actual: Tensor  # [M, K, Z]
-    start: Tensor  # [M, Z]
+    obs: Tensor  # [M, K, *shape]
+    actual: Tensor  # [M, K, Z] its latents
+    imagined: Tensor  # [M, K, Z]
+    start: Tensor  # [M, Z] latents at the start
     mask: Tensor  # [M, K] bool: still in the episode of the start
 
 
 @torch.no_grad()
-def open_loop(agent: Agent, obs: Tensor, previous: Tensor, age: Tensor, starts: range, steps: int) -> Dream:
-    """Imagines `steps` steps from each of the rows `starts` of sequences [B, L, ...], without looking again."""
-    unrolled, rows = agent.unroll(obs, previous, age), torch.tensor(starts, device=obs.device)
-    caches = [agent.memory.cache([seen[:, : s + 1] for seen in unrolled.seen], age[:, s] + 1) for s in starts]
-    layers = zip(*(cache.seen for cache in caches), strict=True)
-    cache = Cache(tuple(map(torch.cat, layers)), torch.cat([cache.age for cache in caches]))  # M = starts x B
-    z, h = (x[:, rows].transpose(0, 1).flatten(0, 1) for x in (unrolled.z, unrolled.h))  # [M, ...]
-    start, imagined, ahead = z, [], torch.arange(1, steps + 1, device=obs.device)
-    for k in range(1, steps + 1):
-        action = previous[:, rows + k].transpose(0, 1).flatten(0, 1)
-        z = agent.vision.quantizer(agent.imagine(z, h, action)[0])[0]
+def dream(agent: Agent, rollout: Rollout, starts: Sequence[int], steps: int = 20) -> Dream:
+    """Imagines what follows rows `starts` of each environment, with the actions that were taken and without looking
+    again. M = starts x N."""
+
+    def rows(x: Tensor, first: int, last: int) -> Tensor:  # [M, rows, ...] relative to each start
+        return torch.cat([x[s + first : s + last + 1].transpose(0, 1) for s in starts])
+
+    seen = agent.unroll(*(rows(x, -agent.memory.prefix, 0) for x in (rollout.obs, rollout.previous, rollout.age)))
+    start, h, cache, imagined = seen.z[:, -1], seen.h[:, -1], seen.cache, []
+    z, obs = start, rows(rollout.obs, 1, steps)
+    for action in rows(rollout.previous, 1, steps).unbind(1):
+        z, _ = agent.vision.quantize(agent.imagine(z, h, action)[0])
         h, cache = agent.memory.step(z, action, cache)
         imagined.append(z)
-    later = rows[:, None] + ahead  # [starts, K]
-    actual = unrolled.z[:, later].transpose(0, 1).flatten(0, 1)
-    mask = (age[:, later] == age[:, rows, None] + ahead).transpose(0, 1).flatten(0, 1)
-    return Dream(torch.stack(imagined, 1), actual, start, mask)
+    actual, _ = agent.vision.quantize(agent.vision.encode(obs))
+    ahead = torch.arange(1, steps + 1, device=z.device)
+    mask = rows(rollout.age, 1, steps) == rows(rollout.age, 0, 0) + ahead
+    return Dream(obs, actual, torch.stack(imagined, 1), start, mask)
 
 
-def forecast_skill(agent: Agent, rollout: Rollout, steps: int = 20) -> Tensor:
-    """1 - MSE of imagined latents / MSE of "nothing changes", by steps ahead [K], on a rollout that nothing has learnt
-    from yet. NaN where no episode is that long."""
-    num_steps = len(rollout.reward)
-    steps = min(steps, num_steps - 1)
-    starts = range(rollout.prefix, rollout.prefix + num_steps - steps, max(1, num_steps // 8))
-    dream = open_loop(agent, *rollout.columns(slice(None)), starts, steps)
-    error, persistence = (
-        ((x - dream.actual).square().mean(-1) * dream.mask).sum(0) for x in (dream.imagined, dream.start[:, None])
-    )
-    error, persistence = all_sum(error), all_sum(persistence)
-    return torch.where(persistence > 0, 1 - error / persistence, math.nan)
-
-
-class Episode(NamedTuple):
-    """Of an evaluation, as Agent.unroll takes it."""
-
-    obs: Tensor  # [1, L, *shape]
-    previous: Tensor  # [1, L, E]
-    age: Tensor  # [1, L]
+def forecast_skill(dreams: Dream) -> Tensor:
+    """By steps ahead [K]: 1 - MSE of imagined latents / MSE of "nothing changes". NaN means no data."""
+    guesses = dreams.imagined, dreams.start[:, None]
+    error, persistence = (((x - dreams.actual).square().mean(-1) * dreams.mask).sum(0) for x in guesses)
+    return torch.where(persistence > 0, 1 - error / persistence, torch.nan)
 
 
 @torch.no_grad()
-def dream_of(agent: Agent, episode: Episode, start: int, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What was, its reconstruction, and what is imagined from row `start` on: normalised observations [K, ...] each."""
-    dream = open_loop(agent, *episode, range(start, start + 1), steps)
-    obs = episode.obs[0, start + 1 : start + 1 + steps]
-    return agent.vision.normalize(obs), agent.vision.decode(dream.actual[0]), agent.vision.decode(dream.imagined[0])
-
-
-def picture(image: Tensor) -> np.ndarray:
-    """A normalised image [C, height, width] as [height, width, C] of bytes."""
-    return ((image.movedim(0, -1).clamp(-0.5, 0.5) + 0.5) * 255).to(torch.uint8).cpu().numpy()
-
-
-def dream_figure(agent: Agent, episode: Episode, names: list[str]):
-    """A matplotlib figure of an episode: images in three rows (real, reconstructed, imagined from the first on), or
-    lines of up to four entries with what is imagined from several steps."""
-    from matplotlib.figure import Figure
-
-    length = episode.obs.shape[1]
+def dream_figure(agent: Agent, rollout: Rollout) -> Figure:
+    """Of the first environment: images, their reconstructions and what is imagined, side by side; or up to four entries
+    of its observations, and five dreams of them in a row."""
+    starts = range(agent.memory.prefix, len(rollout.age) - 20, 20)[:5]
+    dreams = dream(agent, Rollout(*(x[:, :1] for x in rollout)), starts)
+    views = agent.vision.normalize(dreams.obs), agent.vision.decode(dreams.actual), agent.vision.decode(dreams.imagined)
+    figure = Figure(figsize=(10, 8), layout="constrained")
     if agent.vision.image:
-        steps = min(24, length // 2)
-        rows = dream_of(agent, episode, length - steps - 1, steps)
-        figure = Figure(figsize=(12, 5), layout="constrained")
-        for axes, images, label in zip(figure.subplots(3, 8), rows, ("real", "reconstructed", "imagined"), strict=True):
-            for axis, k in zip(axes, np.linspace(0, steps - 1, 8).astype(int), strict=True):
-                axis.imshow(picture(images[k]).squeeze(), cmap="gray")
-                axis.set(xticks=[], yticks=[], xlabel=f"{k + 1} steps ahead")
-            axes[0].set_ylabel(label)
+        grid = torch.stack([view[-1, ::3] for view in views]).permute(0, 3, 1, 4, 2)  # [3, height, 7, width, C]
+        axis = figure.subplots()
+        axis.imshow((grid.flatten(2, 3).flatten(0, 1).squeeze(-1) + 0.5).clamp(0, 1).cpu().numpy(), cmap="gray")
+        axis.set(xticks=[], yticks=[], title="1, 4, … 19 steps ahead: what came, its reconstruction, what was imagined")
         return figure
-    shown = min(4, len(names))
-    figure = Figure(figsize=(10, 2.5 * shown), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(shown))
-    whole = dream_of(agent, episode, 0, length - 1)
-    for i, axis in enumerate(axes):
-        axis.plot(range(1, length), whole[0][:, i].cpu(), color="black", label="real")
-        axis.plot(range(1, length), whole[1][:, i].cpu(), ".", markersize=2, label="reconstructed")
-        axis.set_ylabel(f"{names[i]} (std)")
-    for start in range(0, length - 1, max(1, length // 5)):
-        steps = min(20, length - 1 - start)
-        imagined = dream_of(agent, episode, start, steps)[2]
-        for i, axis in enumerate(axes):
-            axis.plot(range(start + 1, start + 1 + steps), imagined[:, i].cpu(), label=f"imagined from {start}")
-    axes[0].legend(fontsize="small", ncols=4)
-    axes[-1].set_xlabel("step of the episode")
+    came, _, imagined = (x.where(dreams.mask[..., None], torch.nan).cpu() for x in views)  # [5, K, D]
+    names = entry_names(agent.obs_space)
+    for i, axis in enumerate(figure.subplots(min(4, len(names)), squeeze=False)[:, 0]):
+        for k in range(len(starts)):
+            ahead = range(20 * k + 1, 20 * k + 21)
+            axis.plot(ahead, came[k, :, i], "black", ahead, imagined[k, :, i], "C0")
+        axis.set(ylabel=f"{names[i]} (std)", xlabel="step; black what came, blue what was imagined")
     return figure
 
 
-def write_dream(agent: Agent, episode: Episode, names: list[str], path: str, longest: int = 100) -> None:
-    """A GIF: an episode beside its reconstruction and what the model imagines from a fifth of it on."""
-    from PIL import Image
-
-    length = episode.obs.shape[1]
-    start = length // 5
-    views = dream_of(agent, episode, start, min(longest, length - 1 - start))
-    if agent.vision.image:
-        arrays = [np.concatenate([picture(view) for view in frame], 1).squeeze() for frame in zip(*views, strict=True)]
-        frames = [Image.fromarray(a).resize((4 * a.shape[1], 4 * a.shape[0]), Image.Resampling.NEAREST) for a in arrays]
-    else:
-        frames = [line_frame(views, names, k) for k in range(1, len(views[0]) + 1)]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=80, loop=0)
-
-
-def line_frame(views: tuple[Tensor, ...], names: list[str], k: int):
-    """The first k steps of up to four entries, as an image."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from PIL import Image
-
-    figure = Figure(figsize=(6, 6), dpi=60, layout="constrained")
-    for i, axis in enumerate(np.atleast_1d(figure.subplots(min(4, len(names))))):
-        for view, label in zip(views, ("real", "reconstructed", "imagined"), strict=True):
-            axis.plot(view[:k, i].cpu(), label=label)
-        axis.set(xlim=(0, len(views[0])), ylim=(-3, 3), ylabel=names[i])
-    figure.axes[0].legend(fontsize="small", ncols=3)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+# --- evaluate, save, load
+def evaluate(agent: Agent, args: Args, video_dir: Path | None = None, **how) -> tuple[list[Episode], Rollout]:
+    """`eval_episodes` episodes, as many of each environment, on seeds not trained on, and the last 300 steps."""
+    num_envs = min(args.eval_episodes, args.num_envs)
+    left = [len(range(n, args.eval_episodes, num_envs)) for n in range(num_envs)]  # episodes to play
+    steps, episodes = deque(maxlen=300), []
+    with closing(make_envs(args, num_envs, video_dir)) as envs:
+        for step, ended in play(envs, agent, args, args.seed + 1_000_000_000, **how):
+            steps.append(step)
+            for episode in ended:
+                left[episode.n] -= 1
+                episodes += [episode] if left[episode.n] >= 0 else []
+            if signals or max(left) <= 0:
+                return episodes, join(steps, agent.memory.prefix)
 
 
-# --- evaluate
-
-
-class Evaluation(NamedTuple):
-    returns: np.ndarray  # [E] in the order in which the episodes ended
-    lengths: np.ndarray  # [E]
-    longest: Episode | None  # if recorded
-
-
-@torch.no_grad()
-def evaluate(
-    agent: Agent,
-    args: Args,
-    policy: str = "policy",
-    beta: float = 0.0,
-    record: bool = False,
-    video_dir: Path | None = None,
-) -> Evaluation:
-    """Plays `eval_episodes` episodes, as many on each environment (a fixed time would favour short ones). Policies are
-    `policy`; `both`: steered by plans; `planner`: the action whose imagined value is highest; `memoryless`: the policy
-    without any past; `random`."""
-    num_envs, seed = min(args.eval_episodes, args.num_envs), args.seed + 1_000_000_000
-    envs = make_envs(args, num_envs, video_dir)
-    envs.action_space.seed(seed)
-    space, carry = envs.single_action_space, reset(envs, agent, seed)
-    generator = torch.Generator(carry.obs.device).manual_seed(seed)
-    left = np.array([len(range(n, args.eval_episodes, num_envs)) for n in range(num_envs)])  # episodes to play
-    seen, ended, longest = [[] for _ in range(num_envs)], [], None
-    while left.any():
-        if policy == "memoryless":
-            carry.previous, carry.cache = carry.previous * 0, carry.cache._replace(age=carry.cache.age * 0)
-        z, h, params, _, cache = agent.step(carry.obs, carry.previous, carry.cache, carry.action_mask)
-        if policy in ("both", "planner"):
-            params, best = plan(agent, z, h, params, cache, beta, args, space, generator)
-        action = best if policy == "planner" else sample(params, space, None if args.eval_deterministic else generator)
-        for n in range(num_envs) if record else ():
-            seen[n].append((carry.obs[n], carry.previous[n]))
-        if policy != "random":
-            taken = env_action(action, space)
-        elif carry.action_mask is None:
-            taken = envs.action_space.sample()
-        else:  # uniform over what is allowed
-            taken = env_action(sample(carry.action_mask.float().log(), space, generator), space)
-        obs, reward, terminated, truncated, infos = step_envs(envs, taken)
-        carry.obs, carry.action_mask = observe(envs, obs, infos, carry.obs.device)
-        advance(carry, encode_action(action, space), cache, reward, terminated | truncated)
-        for n in np.flatnonzero(terminated | truncated):
-            if left[n] > 0:
-                left[n] -= 1
-                ended.append((carry.returns[n], carry.lengths[n]))
-                if record and (longest is None or len(seen[n]) > longest.obs.shape[1]):
-                    columns = [torch.stack(part)[None] for part in zip(*seen[n], strict=True)]
-                    longest = Episode(*columns, torch.arange(len(seen[n]), device=carry.obs.device)[None])
-            carry.returns[n], carry.lengths[n], seen[n] = 0, 0, []
-    envs.close()
-    returns, lengths = np.array(ended).T
-    return Evaluation(returns, lengths, longest)
-
-
-# --- save, load
-
-
-@dataclass
-class Progress:
-    """Counters of a run, saved with it."""
-
-    global_step: int = 0
-    update: int = 0
-    skill: float = 0.0  # of forecasts `planning_horizon` steps ahead: a moving average over rollouts
-    best: float = -math.inf  # mean return of the best evaluation
-    recent: list[float] = field(default_factory=list)  # returns of the last 100 training episodes
-    random: float = math.nan  # mean return of random actions
-    before: float = math.nan  # mean return of the untrained agent
-
-    def beta(self, args: Args) -> float:
-        """How much plans steer the policy: not at all until the model forecasts better than "nothing changes"."""
-        off = args.planning == "off" or args.stage != "all"
-        return 0.0 if off else args.planning_beta * max(0.0, self.skill)
-
-
-def save(path: Path, parts: dict, progress: Progress, args: Args) -> None:
-    """Writes a checkpoint of tensors and plain types; a crash at any moment leaves the old file or the new one."""
-    state = {name: part.get_state() if name.startswith("rng") else part.state_dict() for name, part in parts.items()}
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state | {"progress": asdict(progress), "args": asdict(args)}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-SHAPE = ["quantizer", "controller", "memory_width", "memory_heads", "memory_layers", "context"]  # of the networks
-
-
-def load(path: str | Path, args: Args | None = None) -> dict:
-    """Reads a checkpoint without running any code that a stranger may have put into it. With `args`, its networks and
-    environment must be theirs."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = state["args"]
-    except Exception as error:
-        raise InputError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
-    if unknown := set(saved) ^ {item.name for item in fields(Args)}:
-        raise InputError(f"{path} is a checkpoint of another script, with or without {', '.join(sorted(unknown))}")
-    for name in ["env_id", "env_kwargs", "stage", *SHAPE] if args else ():
-        if saved[name] != getattr(args, name):
-            raise InputError(f"{path} has {name} {saved[name]}, not {getattr(args, name)}")
-    return state
-
-
-def restore(parts: dict, state: dict) -> Progress:
-    try:
-        for name, part in parts.items():
-            if not name.startswith("rng"):
-                part.load_state_dict(state[name])
-            elif len(state[name]) == len(part.get_state()):
-                part.set_state(state[name])
-            else:  # of a GPU's generator, and this is none, or the other way round
-                part.manual_seed(state["progress"]["global_step"])
-    except RuntimeError as error:
-        raise InputError(f"the checkpoint does not fit: {' '.join(str(error).split())}") from error
-    return Progress(**state["progress"])
-
-
-def transfer(agent: Agent, state: dict, args: Args) -> None:
-    """Takes those weights of a checkpoint whose names and shapes fit, and names the others. What its stage has trained
-    must fit, and so must vision if memory is to learn from it."""
-    own, saved = agent.state_dict(), state["args"]
-    fitting = {name: x for name, x in state["agent"].items() if name in own and own[name].shape == x.shape}
-    torn = {name.rpartition(".")[0] for name in own.keys() - fitting.keys()}  # whose statistics would be half theirs
-    if saved["env_id"] != args.env_id:
-        torn.add("return_stats")
-    fitting = {name: x for name, x in fitting.items() if "stats" not in name or name.rpartition(".")[0] not in torn}
-    needed = {"vision": ("vision",), "memory": ("vision", "memory", "model"), "all": ()}[saved["stage"]]
-    if args.stage == "memory":
-        needed = {"vision", *needed}
-    missing = [name for name in own if name.split(".")[0] in needed and name not in fitting]
-    if needed and (missing or saved["env_id"] != args.env_id):
-        same = {"env_id": args.env_id, **{name: getattr(args, name) for name in SHAPE}}
-        other = ", ".join(f"{name} {saved[name]} instead of {x}" for name, x in same.items() if saved[name] != x)
-        raise InputError(f"{args.init_from}, of --stage {saved['stage']}, does not fit: {other or missing[0]}")
-    agent.load_state_dict(own | fitting)
-    for name in own.keys() - fitting.keys():
-        print(f"not taken from the checkpoint: {name}", file=sys.stderr)
-
-
-def assess(agent: Agent, args: Args, beta: float, run_dir: Path, closing: bool) -> tuple[dict[str, float], Evaluation]:
-    """Evaluates the weights: as `planning` says and, in the closing one, policy alone, planner alone and both."""
-    policy = "both" if args.planning == "always" and beta else "policy"
-    played = evaluate(
-        agent, args, policy, beta, record=True, video_dir=run_dir / "videos" if args.capture_video else None
+def assess(agent: Agent, args: Args, video_dir: Path) -> tuple[dict, Figure]:
+    """Scores of the policy, by its likeliest actions, by sampled ones and without memory, of vision and of dreams."""
+    episodes, _ = evaluate(agent, args, video_dir if args.capture_video else None, sampled=False)
+    (others, rollout), (forgetful, _) = evaluate(agent, args), evaluate(agent, args, sampled=False, memory=False)
+    likeliest, sampled, memoryless = (
+        [x.total for x in played] or [math.nan] for played in (episodes, others, forgetful)
     )
     scores = {
-        "eval/episodic_return": played.returns.mean(),
-        "eval/episodic_return_std": played.returns.std(),
-        "eval/episodic_length": played.lengths.mean(),
-        "eval/return_memoryless": evaluate(agent, args, "memoryless").returns.mean(),
+        "eval/episodes": len(episodes),
+        "eval/episodic_return": fmean(likeliest),
+        "eval/return_std": float(np.std(likeliest)),
+        "eval/return_sampled": fmean(sampled),
+        "eval/return_memoryless": fmean(memoryless),
     }
-    for other in ("policy", "planner", "both") if closing and beta else ():
-        again = played if other == policy else evaluate(agent, args, other, beta)
-        scores[f"eval/return_{other}"] = again.returns.mean()
-    return {name: float(score) for name, score in scores.items()}, played
+    if agent.vision.quantizer:
+        *_, index = agent.vision.quantizer(agent.vision.encode(rollout.obs[-100:].flatten(0, 1)))  # [M, sites]
+        share = F.one_hot(index, agent.vision.quantizer.codes).float().mean(0)  # [sites, codes]
+        scores["vision/usage"] = float((share > 0).float().mean())
+        scores["vision/perplexity"] = float(torch.special.entr(share).sum(-1).exp().mean())
+    starts = range(agent.memory.prefix, len(rollout.age) - 20, 20)
+    if not starts:
+        return scores, Figure()
+    skill = forecast_skill(dream(agent, rollout, starts))
+    return scores | {f"model/skill_k{k}": float(skill[k - 1]) for k in (1, 5, 20)}, dream_figure(agent, rollout)
 
 
-def vision_metrics(agent: Agent, rollout: Rollout) -> dict[str, float]:
-    """Share of codes in use, perplexity of their distribution, peak signal-to-noise ratio of reconstructions (dB)."""
-    obs = rollout.obs[rollout.prefix :]
-    with torch.no_grad():
-        z, index, _ = agent.vision.quantizer(agent.vision.encode(obs))
-        error = (agent.vision.decode(z) - agent.vision.normalize(obs)).square().mean()
-    used, perplexity = zip(*(usage(part) for part in index.flatten(0, -2).unbind(-1)), strict=True)
-    peak = 1.0 if agent.vision.image else float(agent.vision.normalize(obs).abs().max())
-    return {
-        "vision/usage": float(np.mean(used)) / agent.vision.quantizer.codes,
-        "vision/perplexity": float(np.mean(perplexity)),
-        "vision/psnr": 10 * math.log10(peak**2 / max(float(error), 1e-12)),
-        "vision/rmse": float(error.sqrt()),
-    }
+def log_scalars(writer: SummaryWriter, scalars: dict, step: int) -> None:
+    for name, value in scalars.items():
+        if value == value:  # there is one
+            writer.add_scalar(name, value, step)
+    writer.flush()
 
 
-def usage(index: Tensor) -> tuple[int, float]:
-    """Of code indices [M]: how many there are, and the exponential of their entropy."""
-    share = index.unique(return_counts=True)[1] / len(index)
-    return len(share), float((-(share * share.log()).sum()).exp())
+def save(path: Path, parts: dict, counters: dict, args: Args) -> None:
+    """Writes a checkpoint; a kill or a power cut at any moment leaves the old file or the new one."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    with open(path.with_suffix(".tmp"), "wb", buffering=0) as file:
+        torch.save(state | {"counters": counters, "args": asdict(args)}, file)
+        os.fsync(file.fileno())
+    os.replace(path.with_suffix(".tmp"), path)
 
 
-def summary(scores: dict[str, float], progress: Progress, args: Args, run_dir: Path) -> dict:
-    """The closing JSON object; None where there is no number."""
-    numbers = {
-        "sps": scores.get("charts/SPS", math.nan),
-        "train_return_mean": float(np.mean(progress.recent or [math.nan])),
-        "eval_return_mean": scores["eval/episodic_return"],
-        "eval_return_std": scores["eval/episodic_return_std"],
-        "eval_return_memoryless": scores["eval/return_memoryless"],
-        "random_return_mean": progress.random,
-        "before_return_mean": progress.before,
-        "planning_beta": progress.beta(args),
-    }
-    extra = ("eval/return_p", "eval/return_both", "model/", "vision/")
-    numbers |= {name.replace("/", "_"): score for name, score in scores.items() if name.startswith(extra)}
-    known = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
-    return {"run_dir": str(run_dir), "global_step": progress.global_step, "eval_episodes": args.eval_episodes} | known
+def load(path: Path | str, **parts) -> dict:
+    """Reads a checkpoint into `parts`, running no code that a stranger may have put into it."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return {"counters": state["counters"], "args": state["args"]}
+    except Exception as error:
+        reason = " ".join(str(error).split()).partition("weights_only")[0]  # without advice to trust a stranger
+        raise InputError(f"{path} does not fit: {type(error).__name__}: {reason[:300]}") from error
 
 
 # --- train
-
-signals: list[int] = []  # SIGINT and SIGTERM received so far; read once per update
+signals: list[int] = []  # SIGINT and SIGTERM received so far; read once per update and per step of an evaluation
 
 
 def on_signal(number: int, frame) -> None:
     signals.append(number)
     signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+    print("\nfinishing this update, then saving; once more to end at once", file=sys.stderr)
 
 
-def setup(args: Args) -> tuple[torch.device, int, int]:
-    """Device, rank and number of processes: one, unless torchrun started more."""
+def setup(env: gym.Env, args: Args) -> tuple[torch.device, int, int, Agent, torch.optim.Optimizer]:
+    """Device, rank and number of processes (one, unless torchrun started more), the networks, and what moves them."""
     on_gpu = args.cuda and torch.cuda.is_available()
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu")
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if on_gpu else "gloo")
     torch.set_num_threads(args.torch_threads)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    if "RANK" not in os.environ:
-        return device, 0, 1
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device, dist.get_rank(), dist.get_world_size()
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
+    torch.manual_seed(args.seed)  # for the weights; whatever is random later draws from a generator of its own
+    agent = Agent(env.observation_space, env.action_space, args).to(device)
+    learning = {"vision": "vision.", "memory": ("memory.", "model."), "all": ""}[args.stage]
+    for name, weight in agent.named_parameters():
+        weight.requires_grad_(name.startswith(learning))
+    weights = [weight for weight in agent.parameters() if weight.requires_grad]
+    optimizer = torch.optim.Adam(weights, eps=1e-5, fused=True)
+    return device, *((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)), agent, optimizer
 
 
-def open_run(args: Args, progress: Progress) -> tuple[Path, SummaryWriter]:
+def open_run(args: Args, global_step: int) -> tuple[Path, SummaryWriter]:
     """The run's folder, with its arguments and the code as it runs, and the writer of its TensorBoard events."""
-    if args.resume:
-        return Path(args.resume), SummaryWriter(args.resume, purge_step=progress.global_step + 1)
-    env_name = args.env_id.replace("/", "-").replace(":", "-")
-    name, started = f"{env_name}__{args.exp_name}__{args.seed}", int(time.time())
-    while (run_dir := Path(args.runs_dir, f"{name}__{started}")).exists():  # begun in the same second
-        started += 1
-    run_dir.mkdir(parents=True)
-    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
-    shutil.copy(__file__, run_dir)
-    shutil.copytree(Path(__file__).parent / "common", run_dir / "common", ignore=shutil.ignore_patterns("__pycache__"))
-    return run_dir, SummaryWriter(run_dir)
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}".replace("/", "-").replace(":", "-")
+    run_dir = Path(args.resume or f"{args.runs_dir}/{name}")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
+    except OSError as error:
+        raise InputError(f"cannot write to {run_dir}: {error.strerror}") from error
+    if not args.resume:
+        shutil.copy(__file__, run_dir)
+        for package in {"common", "environments"} & sys.modules.keys():
+            shutil.copytree(sys.modules[package].__path__[0], run_dir / package)
+    print(f"run folder: {run_dir}", file=sys.stderr)
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1)
+    writer.add_text("args", f"```\n{json.dumps(asdict(args), indent=2)}\n```")
+    return run_dir, writer
 
 
-def progress_bar(args: Args, progress: Progress, rank: int) -> tqdm:
-    """On standard error; where that is no terminal, a line every 30 s."""
-    style = {} if sys.stderr.isatty() else {"mininterval": 30, "bar_format": "{l_bar}{bar}{r_bar}\n"}
-    style |= {"initial": progress.global_step, "unit": "step", "unit_scale": True, "disable": rank > 0}
-    return tqdm(total=args.total_timesteps, **style)
-
-
-def sum_and_clip(groups: dict[str, list[nn.Parameter]], max_norm: float) -> dict[str, Tensor]:
-    """Sums gradients over processes and clips them; gives the norms that they had, or raises if one is not finite."""
-    weights = [weight for group in groups.values() for weight in group if weight.grad is not None]
-    for weight in weights:
-        all_sum(weight.grad)
-    norms = {
-        f"gradients/{name}": nn.utils.get_total_norm([weight.grad for weight in group if weight.grad is not None])
-        for name, group in groups.items()
-    }
-    return norms | {"losses/grad_norm": nn.utils.clip_grad_norm_(weights, max_norm, error_if_nonfinite=True)}
-
-
-def mean_metrics(log: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Means over minibatches, summed over processes, each of which holds its share of the sum."""
-    return {
-        name: float(all_sum(torch.stack([entry[name] for entry in log]).mean())) for name in (log[0] if log else ())
-    }
+def summary(run_dir: Path, env: gym.Env, counters: dict, scores: dict) -> dict:
+    """The closing JSON object; None where there is no number."""
+    scores = {tag.replace("episodic_return", "return_mean").replace("/", "_"): x for tag, x in scores.items()}
+    result = {"run_dir": str(run_dir), "solved": env.spec.reward_threshold} | counters | scores
+    result = {name: round(x, 4) if isinstance(x, float) else x for name, x in result.items() if name != "recent"}
+    return {name: None if x in (math.inf, -math.inf) or x != x else x for name, x in result.items()}
 
 
 def train(args: Args) -> dict:
-    """Trains, evaluates the final weights and returns the closing summary. Raises InputError before any work if it is
-    asked for what cannot be; any other exception leaves the last checkpoint as it is."""
-    check(args)
-    device, rank, world = setup(args)
-    envs = make_envs(args, args.num_envs)
-    space, names = envs.single_action_space, entry_names(envs.single_observation_space)
-    torch.manual_seed(args.seed)  # initial weights; whatever is random later draws from a generator
-    agent = Agent(obs_shape(envs.single_observation_space), space, args).to(device)
-    learning = {"vision": ["vision"], "memory": ["memory"], "all": ["vision", "memory", "controller"]}[args.stage]
-    groups = {name: weights for name, weights in agent.parts().items() if name in learning}
-    weights = [weight for group in groups.values() for weight in group]
-    agent.requires_grad_(False)
-    for weight in weights:
-        weight.requires_grad_(True)
-    optimizer = torch.optim.Adam(weights, args.learning_rate, eps=1e-5, fused=True)
-    rng = torch.Generator(device).manual_seed(args.seed + rank)
-    parts, progress = {"agent": agent, "optimizer": optimizer, "rng": rng}, Progress()
-    if args.evaluate or args.resume:
-        needed = {"agent": agent} if args.evaluate else parts
-        progress = restore(needed, load(args.evaluate or f"{args.resume}/checkpoint.pt", args))
-        if rank > 0:  # the checkpoint holds the generator of rank 0
-            rng.manual_seed(args.seed + rank + progress.global_step)
+    """Trains, evaluates the final weights and returns the closing summary, empty if a signal came first. Raises
+    InputError, before any work, for what cannot be; any other exception leaves the last checkpoint as it is."""
+    device, rank, world, agent, optimizer = setup(env := check(args), args)
+    parts = {"agent": agent, "optimizer": optimizer}
+    counters = {"global_step": 0, "seconds": 0.0, "recent": []}  # recent: returns of the last 100 episodes
+    if args.evaluate or args.init_from:
+        saved = load(args.evaluate or args.init_from, agent=agent)
     if args.evaluate:
-        envs.close()
-        run_dir = Path(args.evaluate).parent
-        scores, played = assess(agent, args, progress.beta(args), run_dir, closing=True)
-        if args.dream and played.longest.obs.shape[1] > 1:
-            write_dream(agent, played.longest, names, args.dream)
-        return summary(scores, progress, args, run_dir)
-    if progress.global_step >= args.total_timesteps:
-        raise InputError(f"{args.resume} has its {progress.global_step} steps: --total-timesteps says how far to go")
-    if args.init_from:
-        transfer(agent, load(args.init_from), args)
-    if rank == 0 and not args.resume:
-        progress.random = float(evaluate(agent, args, "random").returns.mean())
-        progress.before = float(evaluate(agent, args).returns.mean())
-    run_dir, writer = open_run(args, progress) if rank == 0 else (None, None)
-    bar = progress_bar(args, progress, rank)
-    rollout, steps_per_update, steps_done = None, world * args.num_envs * args.num_steps, 0
-    seconds, stop = 0.0, False
+        print(f"playing {args.eval_episodes} episodes three times", file=sys.stderr)
+        run_dir, counters = Path(args.evaluate).parent, saved["counters"]
+        scores = assess(agent, args, run_dir / "videos")[0] if rank == 0 else {}
+        return summary(run_dir, env, counters, scores) if rank == 0 else {}
+    if args.resume:
+        counters = load(f"{args.resume}/checkpoint.pt", **parts)["counters"]
+        if counters["global_step"] >= args.total_timesteps:
+            raise InputError(f"{args.resume} has its steps: --total-timesteps above {counters['global_step']} goes on")
+    if rank == 0:
+        run_dir, writer = open_run(args, counters["global_step"])
+        save(run_dir / "checkpoint.pt", parts, counters, args)
+    tty = {} if sys.stderr.isatty() else {"mininterval": 30, "bar_format": "{l_bar}{bar}{r_bar}\n"}
+    bar = tqdm(total=args.total_timesteps, initial=counters["global_step"], unit_scale=True, disable=rank > 0, **tty)
+    seed = args.seed + rank * args.num_envs + counters["global_step"]  # resumed, environments start new episodes
+    rng, prefix, rollout = torch.Generator(device).manual_seed(seed), agent.memory.prefix, None
+    batch_size, stop = world * args.num_envs * args.num_steps, False
+    envs = make_envs(args, args.num_envs)
+    player = play(envs, agent, args, seed, plans=args.planning and args.stage == "all")
     try:
-        carry = reset(envs, agent, args.seed + rank * args.num_envs + 1000 * progress.update)
-        while progress.global_step < args.total_timesteps and not stop:
+        while counters["global_step"] < args.total_timesteps and not stop:
             # --- rollout, advantages
             started = time.perf_counter()
-            remaining = 1 - progress.global_step / args.total_timesteps if args.anneal_lr else 1.0
+            remaining = 1 - counters["global_step"] / args.total_timesteps if args.anneal_lr else 1.0
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
-            beta = progress.beta(args)
-            rollout = Rollout(args, agent, space, carry.action_mask is not None, device, rollout)
-            episodes = collect(envs, agent, rollout, carry, beta, args, rng)
-            values, ends = (rollout.value, rollout.next_value), (rollout.terminated, rollout.truncated)
-            advantages, returns = gae(rollout.reward, *values, *ends, args.gamma, args.gae_lambda)
-            if args.norm_adv:
-                mean = all_sum(advantages.mean()) / world
-                std = (all_sum((advantages - mean).square().mean()) / world).sqrt()
-                advantages = (advantages - mean) / (std + 1e-8)
-            rollout.advantages, rollout.returns = advantages, returns
-            skill = forecast_skill(agent, rollout)
+            beta = agent.beta(args)
+            rollout, episodes = collect(player, args.num_steps, prefix, rollout)
+            own = Rollout(*(x[prefix:] for x in rollout))  # [T, N]
+            values, next_values = map(agent.return_stats.denormalize, (own.value, own.next_value))
+            ends = own.terminated, own.truncated
+            advantages, returns = gae(own.reward, values, next_values, *ends, args.gamma, args.gae_lambda)
+            centred = advantages - all_mean(advantages.mean())
+            normal = centred / (all_mean(centred.square().mean()).sqrt() + 1e-8)
+            advantages = normal if args.norm_adv else advantages
 
-            # --- update; the first rollout only gives the statistics (detail 8)
-            batch_size = steps_per_update / args.num_minibatches
+            # --- planning: what it foretold, and what came
+            proved = torch.stack((own.planned.square().mean(), (own.planned * normal).mean()))
+            agent.foretold.lerp_(all_mean(proved), 0.2)
+            spread = float(agent.foretold[0].sqrt())
+            shift = min(1.0, beta * spread)  # standard deviation of what plans add to logits
+
+            # --- A2C; the first rollout only gives the statistics (detail 8)
             log = []  # metrics of each minibatch
-            for _ in range(args.update_epochs if agent.return_stats.count else 0):
+            for _ in range(args.update_epochs if agent.updates else 0):
                 order = torch.randperm(args.num_envs, generator=rng, device=device)
                 for chosen in order.tensor_split(args.num_minibatches):
-                    loss, metrics = a2c_loss(agent, rollout, chosen, space, beta, args, batch_size)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    norms = sum_and_clip(groups, args.max_grad_norm)
-                    optimizer.step()
-                    log.append(metrics | {name: norm / world for name, norm in norms.items()})
-                if args.target_kl and mean_metrics(log[-args.num_minibatches :])["losses/approx_kl"] > args.target_kl:
+                    *batch, adv, ret = (x[:, chosen].transpose(0, 1) for x in (*rollout, advantages, returns))
+                    size = args.num_envs * args.num_steps / args.num_minibatches
+                    loss, metrics = a2c_loss(agent, Rollout(*batch), adv, ret, shift, args, size)
+                    log.append(metrics | descend(loss, agent, optimizer, args.max_grad_norm))
+                kl = torch.stack([metrics["losses/approx_kl"] for metrics in log[-args.num_minibatches :]]).mean()
+                if args.target_kl and all_mean(kl) > args.target_kl:
                     break
-            scalars = mean_metrics(log)
+            scalars = {name: torch.stack([metrics[name] for metrics in log]).mean() for name in (log[0] if log else ())}
+            scalars = {name: float(all_mean(x)) for name, x in scalars.items()}
 
-            # --- statistics, codebook, cache (details 1, 2, 8)
-            obs = rollout.obs[rollout.prefix :].flatten(0, 1)
-            agent.update_statistics(obs, returns.flatten(), rng if args.stage != "memory" else None)
-            rebuild_cache(agent, rollout, carry)
-            at_horizon = float(skill[min(args.planning_horizon, len(skill)) - 1])
-            if log and math.isfinite(at_horizon):
-                progress.skill += 0.3 * (at_horizon - progress.skill)
-            progress.update, progress.global_step = progress.update + 1, progress.global_step + steps_per_update
-            steps_done, seconds = steps_done + steps_per_update, seconds + time.perf_counter() - started
-            stop = bool(all_sum(torch.tensor(float(len(signals)), device=device)))
-            stop = stop and progress.global_step < args.total_timesteps  # else only the last evaluation is left
+            # --- statistics and codes, log, save, evaluate
+            agent.update(own.obs.flatten(0, 1), returns.flatten(), rng if args.stage != "memory" else None)
+            counters["global_step"] += batch_size
+            counters["seconds"] += time.perf_counter() - started
+            done = counters["global_step"] >= args.total_timesteps
+            stop = bool(all_mean(torch.tensor(float(len(signals)), device=device))) and not done
             if rank > 0:
                 continue
-
-            # --- log, evaluate, save
-            progress.recent = [*progress.recent, *(episode_return for episode_return, _ in episodes)][-100:]
-            if episodes:
-                scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0)
-            if log:
-                del scalars["losses/ratio_error"]
-                scalars["losses/first_ratio_error"] = error = float(log[0]["losses/ratio_error"])
-                if error > 1e-3:
-                    warnings.warn("rollout and update compute different log-probabilities", stacklevel=1)
-            scalars["losses/explained_variance"] = 1 - float((returns - rollout.value).var() / returns.var())
-            scalars |= {"charts/learning_rate": args.learning_rate * remaining, "charts/SPS": steps_done / seconds}
-            scalars |= {f"model/skill_k{k}": float(skill[k - 1]) for k in (1, 5, 20) if k <= len(skill)}
-            scalars |= vision_metrics(agent, rollout) | {"planning/beta": beta}
-            recent = np.mean(progress.recent or [math.nan])
-            bar.set_postfix_str(f"{scalars['charts/SPS']:.0f} steps/s, return {recent:.1f}", refresh=False)
-            bar.update(steps_per_update)
-            closing = progress.global_step >= args.total_timesteps
-            due = closing or (args.checkpoint_every and progress.update % args.checkpoint_every == 0)
-            if stop or due:
-                save(run_dir / "checkpoint.pt", parts, progress, args)
+            totals = [episode.total for episode in episodes]
+            if not counters["recent"]:
+                counters["first_return_mean"] = fmean(totals or [math.nan])
+            counters["recent"] = [*counters["recent"], *totals][-100:]
+            counters["train_return_mean"] = fmean(counters["recent"] or [math.nan])
+            counters["sps"] = scalars["charts/SPS"] = counters["global_step"] / counters["seconds"]
+            scalars["charts/learning_rate"] = args.learning_rate * remaining
+            scalars["charts/episodic_return"] = fmean(totals or [math.nan])
+            scalars["charts/episodic_length"] = fmean([episode.length for episode in episodes] or [math.nan])
+            scalars["losses/explained_variance"] = 1 - float((returns - values).var() / returns.var())
+            scalars["losses/first_ratio_error"] = float(log[0]["losses/ratio_error"]) if log else math.nan
+            if scalars["losses/first_ratio_error"] > 1e-3:
+                bar.write("warning: rollout and update compute different log-probabilities", file=sys.stderr)
+            kl = cross_entropy(own.params, own.behaviour, agent.choices)
+            kl = (kl - cross_entropy(own.behaviour, own.behaviour, agent.choices)).mean()
+            scalars |= {"planning/beta": beta, "planning/kl": float(kl), "planning/spread": spread}
+            bar.set_postfix_str(f"return {counters['train_return_mean']:.1f}", refresh=False)
+            bar.update(min(batch_size, bar.total - bar.n))
+            log_scalars(writer, scalars, counters["global_step"])
+            due = done or (args.checkpoint_every and counters["global_step"] // batch_size % args.checkpoint_every == 0)
+            if due or stop:
+                save(run_dir / "checkpoint.pt", parts, counters, args)
             if due and not stop:
-                scores, played = assess(agent, args, progress.beta(args), run_dir, closing)
-                scalars |= scores
-                if played.longest.obs.shape[1] > 1:
-                    figure = dream_figure(agent, played.longest, names)
-                    figure.savefig(run_dir / "dream.png", dpi=100)
-                    writer.add_figure("world/dream", figure, progress.global_step)
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, progress.global_step)
-            if "eval/episodic_return" in scalars and scalars["eval/episodic_return"] > progress.best:
-                progress.best = scalars["eval/episodic_return"]
-                for name in ("best.pt", "checkpoint.pt"):
-                    save(run_dir / name, parts, progress, args)
+                scores, figure = assess(agent, args, run_dir / "videos")
+                if signals:  # which cut it short; the next update hears of them on all ranks
+                    continue
+                figure.savefig(run_dir / "dream.png")
+                writer.add_figure("world/dream", figure, counters["global_step"])
+                log_scalars(writer, scores, counters["global_step"])
+                if scores["eval/episodic_return"] > counters.get("best", -math.inf):
+                    counters["best"] = scores["eval/episodic_return"]
+                    for name in ("best.pt", "checkpoint.pt"):
+                        save(run_dir / name, parts, counters, args)
     finally:
         envs.close()
+        bar.close()
         if rank == 0:
-            bar.close()
             writer.close()
-            if progress.global_step < args.total_timesteps and (run_dir / "checkpoint.pt").exists():
+            if counters["global_step"] < args.total_timesteps:
                 print(f"continue with: python {sys.argv[0]} --resume {run_dir}", file=sys.stderr)
-    unfinished = progress.global_step < args.total_timesteps
-    return {} if rank > 0 or unfinished else summary(scalars, progress, args, run_dir)
+    return {} if rank > 0 or stop or signals else summary(run_dir, env, counters, scores)
 
 
 def main() -> None:
     args = tyro.cli(Args)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         if source := args.evaluate or (args.resume and f"{args.resume}/checkpoint.pt"):
-            given = {"evaluate": args.evaluate, "resume": args.resume, "init_from": None, "dream": args.dream}
-            args = tyro.cli(Args, default=Args(**load(source)["args"] | given))
+            saved, known = load(source)["args"], {field.name for field in fields(Args)}
+            if missing := known - saved.keys():
+                print(f"{source} has no {', '.join(sorted(missing))}: the default is taken", file=sys.stderr)
+            saved = {name: x for name, x in saved.items() if name in known}
+            saved |= {"evaluate": args.evaluate, "resume": args.resume, "init_from": None}
+            args = tyro.cli(Args, default=Args(**saved))
         result = train(args)
-        if dist.is_initialized():
-            dist.destroy_process_group()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    if signals and not result:
-        sys.exit(128 + signals[0])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        received, signals[:] = signals[:], []
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if received:
+        sys.exit(128 + received[0])
     if result:
-        before, now = result["before_return_mean"], result["eval_return_mean"]
-        with make_env(args) as env:
-            solved = env.spec.reward_threshold
-        print(
-            f"random policy {result['random_return_mean']:.0f} | before {before:.0f} | now {now:.0f} | solved {solved}"
-        )
+        print(f"first {result.get('first_return_mean')} | now {result['eval_return_mean']} | solved {result['solved']}")
         print(f"watch: tensorboard --logdir {args.runs_dir}")
         print(f"evaluate: python {sys.argv[0]} --evaluate {result['run_dir']}/checkpoint.pt")
         print(json.dumps(result))

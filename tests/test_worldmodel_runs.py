@@ -1,9 +1,9 @@
 """Whole runs of worldmodel_a2c.py: the same seed, resume, stages, dreams, signals, wrong input, two processes."""
 
 import dataclasses
-import importlib.util
 import json
 import signal
+import sys
 
 import gymnasium as gym
 import numpy as np
@@ -11,23 +11,21 @@ import pytest
 import torch
 from gymnasium.spaces import Box
 from helpers import (
+    LAUNCHERS,
     assert_a_signal_saves,
     assert_refused,
     assert_two_processes_match_one,
     blank_figure,
     checkpoints_equal,
-    fork_ranks,
     run_from_shell,
-    torchrun,
 )
 from PIL import Image
 from toys import ACTION_SPACES, same_but_for_time, scalars
 
 SMALL = {"env_id": "toys:Toy-v0", "num_envs": 2, "num_steps": 16, "num_minibatches": 2, "total_timesteps": 32 * 8}
-SMALL |= {"memory_width": 16, "memory_heads": 2, "context": 4, "planning_horizon": 2, "planning_samples": 4}
+SMALL |= {"memory_width": 16, "context": 4, "planning_horizon": 2, "planning_samples": 4}
 SMALL |= {"eval_episodes": 2, "checkpoint_every": 2}
 SMALL["env_kwargs"] = json.dumps({"lengths": [5, 9, 30], "ends": ["terminated", "truncated"]})
-SLOW = pytest.param("ema", torchrun, marks=pytest.mark.slow)
 IMAGES = {"env_id": "test_worldmodel_runs:ToyImage-v0", "env_kwargs": "{}"}
 
 
@@ -77,8 +75,8 @@ def checkpoint_of(result):
 VARIANTS = [
     {},
     {"env_kwargs": '{"lengths": [5, 30], "action": "box"}'},
-    {"env_kwargs": '{"lengths": [7], "action": "multidiscrete", "masked": true}', "planning": "off"},
-    {"quantizer": "fsq", "controller": "linear", "planning": "train", "vectorization": "async"},
+    {"env_kwargs": '{"lengths": [7], "action": "multidiscrete", "masked": true}', "planning": False},
+    {"quantizer": "ema", "vectorization": "async"},
     IMAGES,
     IMAGES | {"quantizer": "none", "num_steps": 3, "total_timesteps": 6 * 12},
 ]
@@ -86,36 +84,48 @@ VARIANTS = [
 
 @pytest.mark.parametrize("changes", VARIANTS)
 def test_the_same_seed_gives_the_same_scalars(worldmodel, worldmodel_path, tmp_path, changes, monkeypatch):
-    real = worldmodel.forecast_skill
-    monkeypatch.setattr(worldmodel, "forecast_skill", lambda *args: real(*args) * 0 + 0.9)  # so that plans act
+    monkeypatch.setattr(worldmodel.Agent, "beta", lambda self, args: 0.9)  # so that plans act
     first, second = (small_run(worldmodel, tmp_path / name, **changes) for name in "ab")
     tags = scalars(first["run_dir"])
     same_but_for_time(tags, scalars(second["run_dir"]))
     assert first["eval_return_mean"] == second["eval_return_mean"]
     assert all(error < 1e-4 for _, error in tags["losses/first_ratio_error"])
-    steered = [beta for _, beta in tags["planning/beta"]]
-    assert steered[-1] > 0.5 if changes.get("planning") != "off" else not any(steered)
+    acting = [kl > 0 for _, kl in tags["planning/kl"]]
+    assert acting[0] is False and set(acting[1:]) == {changes.get("planning", True)}
     expected = {f"gradients/{name}" for name in ("vision", "memory", "controller")}
-    expected |= {f"vision/{name}" for name in ("usage", "perplexity", "psnr")} | {"model/skill_k1", "planning/beta"}
+    expected |= {f"planning/{name}" for name in ("beta", "kl", "spread")} | {"eval/return_sampled"}
     assert expected | {"losses/vision_loss", "losses/memory_loss", "charts/episodic_return"} <= tags.keys()
+    assert ("vision/perplexity" in tags) == (changes.get("quantizer") == "ema" or changes == IMAGES)
     for name in ("dream.png", "args.json", "best.pt", "common/gae.py", worldmodel_path.name):
         assert len(list((tmp_path / "a").glob(f"*/{name}"))) == 1
 
 
-def test_plans_act_once_the_model_is_good(worldmodel, tmp_path, monkeypatch):
-    """beta is planning_beta times the skill; the closing evaluation then compares policy, planner and both."""
-    skills = iter([0.9] * 100)
-    real = worldmodel.forecast_skill
-    monkeypatch.setattr(worldmodel, "forecast_skill", lambda *args: torch.full_like(real(*args), next(skills)))
-    result = small_run(worldmodel, tmp_path, planning_beta=2.0)
+def test_plans_steer_by_what_they_have_proved_to_be_worth(worldmodel, tmp_path, monkeypatch):
+    """Beta comes from moving averages over the rollouts before; from the first one there is no plan."""
+    rollouts, targets, real, real_gae = [], [], worldmodel.collect, worldmodel.gae
+
+    def collect(*args):
+        rollout, episodes = real(*args)
+        rollouts.append(rollout)
+        return rollout, episodes
+
+    def gae(*args):
+        targets.append(real_gae(*args))
+        return targets[-1]
+
+    monkeypatch.setattr(worldmodel, "collect", collect)
+    monkeypatch.setattr(worldmodel, "gae", gae)
+    result = small_run(worldmodel, tmp_path, planning_beta=2.0, eval_episodes=1)
+    expected, squared, product = [], 0.0, 0.0
+    for rollout, (advantages, _) in zip(rollouts, targets, strict=True):
+        expected.append(2.0 * max(0.0, product / (squared + 1e-4)))
+        normal = (advantages - advantages.mean()) / advantages.std(unbiased=False)
+        planned = rollout.planned[-16:]
+        squared += 0.2 * (planned.square().mean().item() - squared)
+        product += 0.2 * ((planned * normal).mean().item() - product)
     betas = [beta for _, beta in scalars(result["run_dir"])["planning/beta"]]
-    expected = [0.0, 0.0]  # nothing is learnt from the first rollout, so its skill does not count
-    for k in range(1, 7):
-        expected.append(2 * 0.9 * (1 - 0.7**k))
-    np.testing.assert_allclose(betas, expected, rtol=1e-5)
-    assert {"eval_return_policy", "eval_return_planner", "eval_return_both"} <= result.keys()
-    assert result["eval_return_mean"] == result["eval_return_both"]
-    assert "eval_return_planner" not in small_run(worldmodel, tmp_path / "off", planning="off")
+    np.testing.assert_allclose(betas, expected, rtol=1e-3, atol=1e-6)
+    assert betas[:2] == [0, 0] and max(betas) > 0
 
 
 def test_resume_continues_counters_schedule_and_curve(worldmodel, tmp_path):
@@ -128,42 +138,33 @@ def test_resume_continues_counters_schedule_and_curve(worldmodel, tmp_path):
     assert [step for step, _ in curve] == [32 * (i + 1) for i in range(1, 16)]  # the first rollout only warms up
     rates = dict(scalars(first["run_dir"])["charts/learning_rate"])
     assert rates[32 * 9] == pytest.approx(args.learning_rate * (1 - 8 / 16), rel=1e-4)
-    assert worldmodel.load(checkpoint_of(first))["agent"]["vision.obs_stats.count"] == 32 * 16
+    state = torch.load(checkpoint_of(first), weights_only=True)["agent"]
+    assert state["vision.obs_stats.count"] == 32 * 16 and state["updates"] == 16
     with pytest.raises(worldmodel.InputError, match="total-timesteps"):
         worldmodel.train(args)
 
 
-def test_evaluate_a_checkpoint_and_dream(worldmodel, worldmodel_path, tmp_path, pictures):
-    first = small_run(worldmodel, tmp_path, checkpoint_every=0)
+def test_evaluate_a_checkpoint(worldmodel, worldmodel_path, tmp_path, pictures):
+    first = small_run(worldmodel, tmp_path, checkpoint_every=0, eval_episodes=8)
     with Image.open(f"{first['run_dir']}/dream.png") as image:
-        assert image.size == (1000, 4 * 250)
-    gif = tmp_path / "dream.gif"
-    result = run_from_shell(worldmodel_path, "--evaluate", checkpoint_of(first), "--dream", gif)
+        assert image.size == (1000, 800)
+    result = run_from_shell(worldmodel_path, "--evaluate", checkpoint_of(first))
     assert result.returncode == 0, result.stderr
     again = json.loads(result.stdout.splitlines()[-1])
     assert again["eval_return_mean"] == pytest.approx(first["eval_return_mean"])
-    with Image.open(gif) as image:
-        assert image.n_frames == 5 - 1 - 5 // 5  # behind the first fifth of an episode of 5 steps
 
 
-def test_dreams_of_images_stand_side_by_side(worldmodel, tmp_path, pictures):
-    first = small_run(worldmodel, tmp_path, checkpoint_every=0, **IMAGES)
+def test_dreams_of_images_are_drawn(worldmodel, tmp_path, pictures):
+    first = small_run(worldmodel, tmp_path, checkpoint_every=0, **IMAGES | {"eval_episodes": 6})
     with Image.open(f"{first['run_dir']}/dream.png") as image:
-        assert image.size == (1200, 500)
-    gif = str(tmp_path / "dream.gif")
-    saved = worldmodel.load(checkpoint_of(first))["args"]
-    worldmodel.train(worldmodel.Args(**saved | {"evaluate": checkpoint_of(first), "dream": gif}))
-    with Image.open(gif) as image:
-        assert image.size == (4 * 3 * 32, 4 * 16) and 1 < image.n_frames <= 12 - 1 - 12 // 5  # equal ones are merged
-        first_frame = np.asarray(image.convert("L"))
-    assert (first_frame[:, :128].max(0) > 250).sum() == 4  # the real bar, one pixel wide
+        assert image.size == (1000, 800) and len(image.convert("L").getcolors()) > 50
 
 
 def test_stages_learn_their_part_and_hand_it_on(worldmodel, tmp_path):
     """vision -> memory -> all: each starts from the other's weights, and changes nothing but its part."""
 
     def parts(path):
-        state = worldmodel.load(path)["agent"]
+        state = torch.load(path, weights_only=True)["agent"]
         names = {"vision": "vision.", "memory": ("memory.", "model."), "controller": ("actor.", "critic.")}
         return {
             part: {
@@ -192,66 +193,35 @@ def test_stages_learn_their_part_and_hand_it_on(worldmodel, tmp_path):
 
 def test_stages_refuse_what_does_not_fit(worldmodel, tmp_path):
     vision = checkpoint_of(small_run(worldmodel, tmp_path / "v", stage="vision"))
-    memory = checkpoint_of(small_run(worldmodel, tmp_path / "m", stage="memory", init_from=vision))
-    with pytest.raises(worldmodel.InputError, match="quantizer ema instead of fsq"):
-        small_run(worldmodel, tmp_path / "x", stage="memory", init_from=vision, quantizer="fsq")
-    with pytest.raises(worldmodel.InputError, match="memory_width 16 instead of 32"):
-        small_run(worldmodel, tmp_path / "x", init_from=memory, memory_width=32)
-    with pytest.raises(worldmodel.InputError, match=r"env_id toys:Toy-v0 instead of CartPole-v1"):
-        small_run(worldmodel, tmp_path / "x", init_from=vision, env_id="CartPole-v1", env_kwargs="{}")
-    with pytest.raises(worldmodel.InputError, match="stage vision, not all"):
+    for changes, name in (({"memory_width": 32}, "memory.latent.weight"), ({"quantizer": "ema"}, "codebook")):
+        with pytest.raises(worldmodel.InputError, match=name):
+            small_run(worldmodel, tmp_path / "x", stage="memory", init_from=vision, **changes)
+    with pytest.raises(worldmodel.InputError, match="parameter group"):
         args = worldmodel.load(vision)["args"] | {"resume": str(next((tmp_path / "v").iterdir())), "stage": "all"}
         worldmodel.train(worldmodel.Args(**args))
     assert not (tmp_path / "x").exists()
 
 
-def test_a_dream_has_to_go_somewhere(worldmodel, tmp_path):
-    for path in ("a.mp4", str(tmp_path / "nowhere" / "a.gif")):
-        with pytest.raises(worldmodel.InputError, match=r"must be a .gif in an existing folder"):
-            worldmodel.check(worldmodel.Args(evaluate="a.pt", dream=path))
-
-
 def test_one_step_episodes(worldmodel, tmp_path):
     result = small_run(worldmodel, tmp_path, env_kwargs='{"lengths": [1]}')
-    assert result["model_skill_k1"] is None and not list(tmp_path.glob("*/dream.png"))
+    assert "model_skill_k1" not in result and result["eval_episodes"] == 2
 
 
 def test_minibatches_are_as_many_as_asked_for(worldmodel, tmp_path):
-    result = small_run(worldmodel, tmp_path, num_envs=5, num_minibatches=4, planning="off", total_timesteps=80 * 4)
+    result = small_run(worldmodel, tmp_path, num_envs=5, num_minibatches=4, planning=False, total_timesteps=80 * 4)
     assert [x for _, x in scalars(result["run_dir"])["losses/importance"]] == pytest.approx([1.0] * 3)
-
-
-def test_a_checkpoint_of_a_gpu_resumes_on_a_cpu(worldmodel):
-    """A GPU's generator has a state of 16 bytes, which no other takes."""
-    generator = torch.Generator()
-    state = {"rng": torch.zeros(16, dtype=torch.uint8), "progress": {"global_step": 7}}
-    assert worldmodel.restore({"rng": generator}, state).global_step == generator.initial_seed() == 7
-
-
-def test_transfer_takes_what_fits(worldmodel, tmp_path, capfd):
-    first = checkpoint_of(small_run(worldmodel, tmp_path))
-    cartpole = {"env_id": "ToyPendulum-v0", "env_kwargs": "{}", "learning_rate": 1e-9}
-    other = checkpoint_of(small_run(worldmodel, tmp_path / "o", init_from=first, total_timesteps=64, **cartpole))
-    counts = {name: x.item() for name, x in worldmodel.load(other)["agent"].items() if name.endswith("stats.count")}
-    assert counts["vision.obs_stats.count"] == counts["return_stats.count"] == 64  # nothing of the other environment's
-    small_run(worldmodel, tmp_path / "wider", init_from=first, memory_width=32, total_timesteps=32)
-    assert "not taken from the checkpoint: memory.latent.weight" in capfd.readouterr().err
 
 
 def test_other_checkpoints_are_refused_by_name(worldmodel, tmp_path):
     first = small_run(worldmodel, tmp_path)
     path = checkpoint_of(first)
     args = worldmodel.Args(**worldmodel.load(path)["args"] | {"resume": first["run_dir"], "total_timesteps": 10**6})
-    for change in ({"context": 5}, {"quantizer": "fsq"}, {"controller": "linear"}, {"memory_layers": 1}):
-        with pytest.raises(worldmodel.InputError, match=next(iter(change))):
-            worldmodel.train(dataclasses.replace(args, **change))
+    with pytest.raises(worldmodel.InputError, match=r"memory\.latent"):
+        worldmodel.train(dataclasses.replace(args, memory_width=32))
     state = torch.load(path, weights_only=True)
     state["agent"]["actor.0.weight"] = torch.zeros(7, 8)
     torch.save(state, path)
     with pytest.raises(worldmodel.InputError, match=r"actor.0.weight.*\[7, 8\]"):
-        worldmodel.train(args)
-    torch.save(state | {"args": state["args"] | {"tree_depth": 3}}, path)
-    with pytest.raises(worldmodel.InputError, match="tree_depth"):
         worldmodel.train(args)
 
 
@@ -261,28 +231,24 @@ def test_a_signal_saves_says_how_to_go_on_and_exits(worldmodel, worldmodel_path,
 
 
 WRONG = [
-    (["--num-envs", "0"], "--num-envs must be above 0, not 0"),
+    (["--num-envs", "0"], "--num-envs must be above 0 and at most 100000, not 0"),
     (["--target-kl", "-1"], "--target-kl must be above 0"),
-    (["--planning-beta", "-1"], "--planning-beta must not be negative"),
-    (["--gamma", "1.5"], "--gamma must be at most 1"),
+    (["--planning-beta", "-1"], "--planning-beta must be 0 or more"),
+    (["--gamma", "1.5"], "--gamma must be 0 or more and at most 1"),
     (["--context", "0"], "--context must be above 0"),
-    (["--memory-heads", "3"], "--memory-width must be a multiple of 2 x --memory-heads"),
-    (["--num-minibatches", "100"], "--num-minibatches must not exceed --num-envs"),
+    (["--memory-width", "20"], "--memory-width a multiple of 8"),
+    (["--num-minibatches", "100"], "--num-minibatches must be above 0 and at most 16"),
     (["--env-id", "CartPoll-v1"], "CartPole"),
     (["--env-id", "no_such_module:Thing-v0"], "no_such_module"),
     (["--env-kwargs", "{oops"], "CartPole-v1"),
     (["--env-kwargs", '{"nonsense": 1}'], "nonsense"),
     (["--env-id", "test_worldmodel_runs:ToyImage-v0", "--env-kwargs", '{"width": 33}'], "multiples of 16: (16, 33, 1)"),
     (["--stage", "memory"], "--stage memory needs --init-from"),
-    (["--dream", "a.gif"], "--dream needs --evaluate"),
-    (["--dream", "a.mp4", "--evaluate", "nowhere.pt"], "nowhere.pt"),
-    (["--num-steps", "1"], "--num-steps must be above 1"),
-    (["--planning-samples", "1"], "--planning-samples must be above 1"),
+    (["--num-steps", "1"], "--num-steps and --planning-samples must be above 1"),
     (["--resume", "nowhere"], "nowhere/checkpoint.pt"),
     (["--evaluate", "nowhere.pt"], "nowhere.pt"),
     (["--init-from", "nowhere.pt"], "nowhere.pt"),
-    (["--evaluate", "a.pt", "--init-from", "b.pt"], "a.pt"),
-    (["--num-steps", "10000000000"], "GB"),
+    (["--num-steps", "10000000000"], "--num-steps must be above 0 and at most 100000"),
 ]
 
 
@@ -297,8 +263,8 @@ def test_unknown_action_space_and_missing_packages(worldmodel, tmp_path, monkeyp
     monkeypatch.setitem(ACTION_SPACES, "words", gym.spaces.Text(3))
     with pytest.raises(worldmodel.InputError, match="Text"):
         small_run(worldmodel, tmp_path, env_kwargs='{"action": "words"}')
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(worldmodel.InputError, match="needs moviepy"):
+    monkeypatch.setitem(sys.modules, "moviepy", None)
+    with pytest.raises(worldmodel.InputError, match="pip install"):
         worldmodel.check(worldmodel.Args(capture_video=True))
 
 
@@ -308,8 +274,8 @@ def test_unknown_action_space_and_missing_packages(worldmodel, tmp_path, monkeyp
     "fault, message",
     [
         ("raise", "the rotor fell off"),
-        ("nan", "non-finite observation"),
-        ("nan_reward", "non-finite reward"),
+        ("nan", "not finite"),
+        ("nan_reward", "not finite"),
         ("die", "process of an environment died"),
     ],
 )
@@ -320,7 +286,7 @@ def test_a_broken_environment_is_one_clear_error(worldmodel, tmp_path, fault, me
     with pytest.raises((RuntimeError, FloatingPointError), match=message):
         small_run(worldmodel, tmp_path, env_kwargs=env_kwargs, vectorization=vectorization, eval_episodes=1)
     saved = worldmodel.load(next(tmp_path.glob("*/checkpoint.pt")))
-    assert saved["progress"]["update"] == 4  # the last consistent state
+    assert saved["counters"]["global_step"] == 32 * 4  # the last consistent state
 
 
 def test_a_mask_that_allows_nothing_names_the_environment(worldmodel, tmp_path):
@@ -343,7 +309,8 @@ def test_a_non_finite_loss_stops_before_the_weights_change(worldmodel, tmp_path,
     assert len(seen) == 50 and checkpoints_equal(dict(agent.state_dict()), before)
 
 
-@pytest.mark.parametrize("quantizer, launch", [("fsq", fork_ranks), ("ema", fork_ranks), SLOW])
+@pytest.mark.parametrize("quantizer", ["none", "ema"])
+@pytest.mark.parametrize("launch", LAUNCHERS)
 def test_two_processes_match_one_with_the_same_data(worldmodel_path, tmp_path, quantizer, launch):
     """Actions are the likeliest ones, and no code dies, so that nothing depends on who draws which random number."""
     driver = tmp_path / "driver.py"
@@ -353,7 +320,7 @@ sys.argv = ["driver"]
 spec = importlib.util.spec_from_file_location("script", {str(worldmodel_path)!r})
 script = sys.modules["script"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
-sample, train_agent, reset = script.sample, script.Agent, script.reset
+sample, train_agent, play = script.sample, script.Agent, script.play
 agents = []
 
 def make(*args):
@@ -363,14 +330,13 @@ def make(*args):
         agents[-1].vision.quantizer.total.copy_(1e9 * agents[-1].vision.quantizer.codebook)
     return agents[-1]
 
-script.sample = lambda params, space, generator=None: sample(params, space)
+script.sample = lambda params, choices, generator, alike=1: sample(params, choices, None)
 script.Agent = make
 world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-script.reset = lambda envs, agent, seed: reset(envs, agent, 1 + rank * envs.num_envs)
 args = script.Args(
     env_id="toys:Toy-v0", env_kwargs='{{"lengths": [3, 9, 1], "ends": ["truncated", "terminated"]}}',
     num_envs=4 // world, num_steps=16, num_minibatches=1, total_timesteps=64 * 6, quantizer={quantizer!r},
-    memory_width=16, memory_heads=2, context=4, planning_horizon=2, planning_beta=5.0,
+    memory_width=16, context=4, planning_horizon=2, planning_beta=5.0,
     eval_episodes=2, checkpoint_every=0, target_kl=10.0, runs_dir={str(tmp_path)!r},
 )
 result = script.train(args)
@@ -381,10 +347,11 @@ torch.save(agents[0].state_dict(), {str(tmp_path)!r} + f"/weights_{{world}}_{{ra
 
 @pytest.mark.slow
 def test_cartpole_is_learnt_in_a_minute(worldmodel, tmp_path):
-    """Clearly better than random after 16,000 steps; the model forecasts better than "nothing changes"."""
-    args = worldmodel.Args(total_timesteps=16_000, num_steps=64, context=8, checkpoint_every=0, runs_dir=str(tmp_path))
+    """Clearly better than random after 12,000 steps; the model forecasts better than "nothing changes"."""
+    args = worldmodel.Args(total_timesteps=12_000, context=8, checkpoint_every=0, runs_dir=str(tmp_path))
     result = worldmodel.train(args)
-    assert result["random_return_mean"] < 40 < 80 < result["eval_return_mean"]
-    errors = scalars(result["run_dir"])
-    assert max(error for _, error in errors["losses/first_ratio_error"]) < 1e-4
-    assert errors["vision/rmse"][-1][1] < 0.5 * errors["vision/rmse"][0][1]
+    assert result["first_return_mean"] < 40 < 80 < result["eval_return_mean"]
+    curves = scalars(result["run_dir"])
+    assert max(error for _, error in curves["losses/first_ratio_error"]) < 1e-4
+    assert curves["losses/vision_loss"][-1][1] < 0.3 * curves["losses/vision_loss"][0][1]
+    assert max(kl for _, kl in curves["planning/kl"]) > 0.01 and result["model_skill_k5"] > 0
