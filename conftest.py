@@ -17,7 +17,7 @@ SIGNS = {  # found there only
     "ppo_lstm_predictor.py": "class Predictor(",
     "ppo_lstm_tamiyo.py": "def cull_outcomes(",
     "sequence_ppo_selfplay.py": "class Sequences:",
-    "worldmodel_a2c.py": "class ProductEMA(",
+    "worldmodel_a2c.py": "class Quantizer(",
 }
 
 

@@ -82,7 +82,7 @@ class Args:  # the comments are what --help says
     max_grad_norm: float = 0.5  # largest norm of the gradient
     target_kl: float | None = None  # stop an update after an epoch whose mean approximate KL exceeds this; None = never
     stage: Literal["vision", "memory", "all"] = "all"  # WORLD MODEL: what learns; each takes the checkpoint before it
-    quantizer: Literal["ema", "none"] | None = None  # codes that follow what they stand for; None = of images only
+    quantize: bool = True  # latents of images are codes; those of vectors never are
     vision_coef: float = 1.0  # weight of the reconstruction and commitment losses
     memory_width: int = 128  # size of the transformer's tokens
     memory_layers: int = 2  # transformer blocks
@@ -187,57 +187,49 @@ class RunningMeanStd(nn.Module):
 
 
 # --- vision
-class ProductEMA(nn.Module):
-    """Vector quantiser whose codes follow the means of what was assigned to them (van den Oord et al. 2017, arXiv
-    1711.00937, appendix A). Each of the latent's `sites` has a codebook of its own, or all share one (detail 1)."""
+class Quantizer(nn.Module):
+    """Codes that follow the means of what is assigned to them (van den Oord et al. 2017, arXiv 1711.00937, appendix A),
+    the same for each of the latent's sites (detail 1)."""
 
-    def __init__(self, sites: int, size: int, codes: int, shared: bool, decay: float = 0.8):
+    def __init__(self, size: int, codes: int = 512, decay: float = 0.8):
         super().__init__()
-        self.sites, self.codes, self.decay = sites, codes, decay
-        books = 1 if shared else sites
-        self.register_buffer("codebook", torch.randn(books, codes, size))
-        self.register_buffer("count", torch.zeros(books, codes))  # of assignments, a moving average
-        self.register_buffer("total", torch.zeros(books, codes, size))  # of what was assigned, likewise
+        self.decay = decay
+        self.register_buffer("codebook", torch.randn(codes, size))
+        self.register_buffer("count", torch.zeros(codes))  # of assignments, a moving average
+        self.register_buffer("total", torch.zeros(codes, size))  # of what was assigned, likewise
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [..., sites * size] -> the nearest codes, with the gradient of x [..., sites * size]; the commitment loss
-        [...]; the codes' indices [..., sites]."""
-        x = x.unflatten(-1, (self.sites, -1))
-        book = self.codebook.expand(self.sites, -1, -1)
-        distance = book.square().sum(-1) - 2 * torch.einsum("...sd,scd->...sc", x, book)
-        index = distance.argmin(-1)
-        code = book[torch.arange(self.sites, device=x.device), index]  # [..., sites, size]
-        return (x + (code - x).detach()).flatten(-2), (x - code).square().mean((-1, -2)), index
+        """x [..., Z] -> the nearest codes, with the gradient of x [..., Z]; the commitment loss [...]; the codes'
+        indices [..., sites]."""
+        sites = x.unflatten(-1, (-1, self.codebook.shape[1]))  # [..., sites, size]
+        index = (self.codebook.square().sum(-1) - 2 * sites @ self.codebook.T).argmin(-1)
+        code = self.codebook[index].flatten(-2)
+        return x + (code - x).detach(), (x - code).square().mean(-1), index
 
     def update(self, x: Tensor, generator: torch.Generator) -> None:
-        """Moves the codes towards x [M, sites * size]. A code that hardly anything is assigned to becomes one of x."""
-        *_, index = self(x)  # [M, sites]
-        books, codes, size = self.codebook.shape
-        x = x.view(-1, self.sites, size).transpose(0, 1).reshape(books, -1, size)  # [books, M', size]
-        assigned = F.one_hot(index.T.reshape(books, -1), codes).to(x.dtype)  # [books, M', codes]
-        self.count.lerp_(all_mean(assigned.sum(1)), 1 - self.decay)
-        self.total.lerp_(all_mean(assigned.mT @ x), 1 - self.decay)
-        chosen = torch.randint(x.shape[1], (books, codes), generator=generator, device=x.device)
-        fresh = x.gather(1, chosen[..., None].expand(-1, -1, size))
+        """Moves the codes towards x [M, Z]. A code that hardly anything is assigned to becomes one of x."""
+        index, x = self(x)[2].flatten(), x.reshape(-1, self.codebook.shape[1])  # [M'], [M', size]
+        assigned = F.one_hot(index, len(self.codebook)).to(x.dtype)  # [M', codes]
+        self.count.lerp_(all_mean(assigned.sum(0)), 1 - self.decay)
+        self.total.lerp_(all_mean(assigned.T @ x), 1 - self.decay)
+        fresh = x[torch.randint(len(x), self.count.shape, generator=generator, device=x.device)]
         if dist.is_initialized():
             dist.broadcast(fresh, 0)
-        mean_count = self.count.mean(1, keepdim=True)
-        dead = self.count < 0.03 * mean_count
-        self.total.copy_(torch.where(dead[..., None], fresh * mean_count[..., None], self.total))
-        self.count.copy_(torch.where(dead, mean_count, self.count))
-        self.codebook.copy_(self.total / self.count[..., None])
+        dead, mean = self.count < 0.03 * self.count.mean(), self.count.mean()
+        self.total[dead] = fresh[dead] * mean
+        self.count[dead] = mean
+        self.codebook.copy_(self.total / self.count[:, None])
 
 
 class Vision(nn.Module):
-    """Observations [..., *shape] <-> latents [..., Z] of `sites`: 4 for a vector, one for each 16 x 16 pixels."""
+    """Observations [..., *shape] <-> latents [..., Z]: 32 numbers for a vector, 16 for each site of 16 x 16 pixels."""
 
-    def __init__(self, shape: tuple[int, ...], quantizer: str | None):
+    def __init__(self, shape: tuple[int, ...], quantize: bool, size: int = 16):
         super().__init__()
         self.shape, self.image = shape, len(shape) == 3
-        rows, columns, size, codes = (shape[0] // 16, shape[1] // 16, 16, 512) if self.image else (4, 1, 8, 32)
+        rows, columns = (shape[0] // 16, shape[1] // 16) if self.image else (1, 2)
         self.sites, self.size = rows * columns, rows * columns * size
-        quantized = self.image if quantizer is None else quantizer == "ema"
-        self.quantizer = ProductEMA(self.sites, size, codes, shared=self.image) if quantized else None
+        self.quantizer = Quantizer(size) if self.image and quantize else None
         if self.image:
             down, up = [], []
             for inner, outer in ((16, shape[2]), (32, 16), (64, 32)):
@@ -386,14 +378,13 @@ class Agent(nn.Module):
         super().__init__()
         self.choices = [int(n) for n in np.ravel(getattr(action_space, "nvec", getattr(action_space, "n", ())))]
         self.obs_space, self.action_space = obs_space, action_space
-        self.vision = Vision(obs_shape(obs_space), args.quantizer)
+        self.vision = Vision(obs_shape(obs_space), args.quantize)
         self.action_size, latent = gym.spaces.flatdim(action_space), self.vision.size
         self.memory = Memory(latent, self.action_size, args)
-        self.model = nn.Sequential(
-            nn.Linear(args.memory_width + self.action_size, 256), nn.ReLU(), nn.Linear(256, latent + 2)
-        )
-        nn.init.zeros_(self.model[-1].weight)
-        nn.init.zeros_(self.model[-1].bias)
+        last = nn.Linear(256, latent + 2)
+        self.model = nn.Sequential(nn.Linear(args.memory_width + self.action_size, 256), nn.ReLU(), last)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
         self.actor = mlp(latent + args.memory_width, self.action_size, 0.01)
         self.critic = mlp(latent + args.memory_width, 1, 1.0)
         self.log_std = nn.Parameter(torch.full((self.action_size,), -0.5)) if not self.choices else None
@@ -438,12 +429,8 @@ class Agent(nn.Module):
     def update(self, obs: Tensor, returns: Tensor, generator: torch.Generator | None) -> None:
         """Merges obs [M, *shape] and returns [M], moves the codes, both of vision only with a generator, and rescales
         critic and reward head so that what they say stays the same (details 1 and 8; PopArt, 1602.07714, eq. 9)."""
-        stats, mean, std, last = (
-            self.return_stats,
-            self.return_stats.mean.clone(),
-            self.return_stats.std.clone(),
-            self.critic[-1],
-        )
+        stats, last = self.return_stats, self.critic[-1]
+        mean, std = stats.mean.clone(), stats.std.clone()
         if generator and not self.vision.image:
             self.vision.obs_stats.update(obs)
         x = self.vision.encode(obs)
@@ -481,15 +468,12 @@ def sample(params: Tensor, choices: list[int], generator: torch.Generator | None
     """Actions [..., A], of a Box before tanh; without a generator, the likeliest ones. Each `alike` rows in turn share
     their random numbers."""
     mean, *log_std = (params,) if choices else params.chunk(2, -1)
-    if not generator:
-        noise = torch.zeros_like(mean)
-    else:
-        noise = mean.new_empty(len(mean) // alike, *mean.shape[1:])
-        if choices:  # the maximum of logits + Gumbel noise is a sample of their softmax
-            noise = -(noise.exponential_(generator=generator) + 1e-20).log()
-        else:
-            noise.normal_(generator=generator)
-        noise = noise.repeat_interleave(alike, 0)
+    noise = torch.zeros_like(mean[::alike])
+    if generator and choices:  # the maximum of logits + Gumbel noise is a sample of their softmax
+        noise = -(noise.exponential_(generator=generator) + 1e-20).log()
+    elif generator:
+        noise.normal_(generator=generator)
+    noise = noise.repeat_interleave(alike, 0)
     if not choices:
         return mean + log_std[0].exp() * noise
     return torch.stack([logits.argmax(-1) for logits in (mean + noise).split(choices, -1)], -1)
@@ -567,12 +551,9 @@ def steer(params: Tensor, action: Tensor, q: Tensor, beta: float, choices: list[
 def plan(agent: Agent, seen: Seen, args: Args, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Parameters of the planned policy, which acts, and of the policy times exp(Q), which says what plans foretell."""
     if agent.choices:
-        action = (
-            torch.arange(agent.action_size, device=seen.z.device).expand(len(seen.z), -1).unsqueeze(-1)
-        )  # [N, K, 1]
+        action = torch.arange(agent.action_size, device=seen.z.device).expand(len(seen.z), -1)[..., None]  # [N, K, 1]
     else:
-        candidates = seen.params.unsqueeze(1).expand(-1, args.planning_samples, -1)
-        action = sample(candidates, agent.choices, generator)  # [N, K, A]
+        action = sample(seen.params[:, None].expand(-1, args.planning_samples, -1), [], generator)  # [N, K, A]
     q = action_values(agent, seen, action, args, generator)
     return tuple(steer(seen.params, action, q, beta, agent.choices) for beta in (agent.beta(args), 1.0))
 
@@ -604,9 +585,7 @@ class Episode(NamedTuple):
 
 
 @torch.inference_mode()
-def play(
-    envs: VectorEnv, agent: Agent, args: Args, seed: int, sampled: bool = True, memory: bool = True, plans: bool = False
-) -> Iterator[tuple]:
+def play(envs: VectorEnv, agent: Agent, args: Args, seed: int, sampled=True, memory=True, plans=False) -> Iterator:
     """Plays without end, and gives each step, a Rollout without the dimension R, and the list of Episodes that end with
     it. The actions are sampled, or the likeliest; without memory, every step is taken for the first of its episode;
     with plans, these steer. After Agent.update the memory looks again at what it has seen."""
@@ -651,26 +630,24 @@ def play(
             envs.closed = True
             raise RuntimeError("the process of an environment died") from error
         new, episodes = observed(raw), []
+        final = new.copy()  # the two differ where an episode ends: there, `new` is the first of the next one
         for n in np.flatnonzero(terminated | truncated):
-            info = infos["final_info"]["episode"]
+            last, info = infos["final_obs"][n], infos["final_info"]["episode"]
+            final[n] = last if agent.vision.image else gym.spaces.flatten(agent.obs_space, last)
             episodes.append(Episode(n, float(info["r"][n]), int(info["l"][n])))
-        cut = np.flatnonzero(truncated)
-        final = [infos["final_obs"][n] for n in cut]
-        final = [x if agent.vision.image else gym.spaces.flatten(agent.obs_space, x) for x in final]
-        final = np.array(final, new.dtype).reshape(-1, *new.shape[1:])
         if not (np.isfinite(new).all() and np.isfinite(final).all() and np.isfinite(reward).all()):
             raise FloatingPointError("an environment returned an observation or a reward that is not finite")
-        back = (np.float32(reward), terminated, truncated, new, final, cut)
-        *back, new, final, cut = (torch.from_numpy(x).to(device) for x in back)
+        back = (np.float32(reward), terminated, truncated, final, new)
+        *back, cut, final, new = (torch.from_numpy(x).to(device) for x in back)
 
-        on = ~(back[1] | back[2]) & memory  # [N] where the episode goes on
+        on = ~(back[1] | cut) & memory  # [N] where the episode goes on
         following = new, taken * on[:, None], seen.cache.age * on, masks(infos)
         then = agent.step(*following[:2], Cache(seen.cache.seen, following[2]), following[3])
         next_value = then.value.clone()
-        if len(cut):
+        if cut.any():
             next_value[cut] = agent.step(final, taken[cut], seen.cache.rows(cut)).value
         acted = (params, behaviour, planned, action, seen.value, next_value)
-        yield Rollout(obs, previous, age, action_mask, *acted, *back), episodes
+        yield Rollout(obs, previous, age, action_mask, *acted, *back, cut), episodes
         (obs, previous, age, action_mask), seen = following, then
 
 
@@ -690,11 +667,9 @@ def collect(player: Iterator[tuple], num_steps: int, prefix: int, before: Rollou
 
 
 # --- loss
-def a2c_loss(
-    agent: Agent, batch: Rollout, advantages: Tensor, returns: Tensor, shift: float, args: Args, num_steps: float
-) -> tuple[Tensor, dict[str, Tensor]]:
+def a2c_loss(agent: Agent, batch: Rollout, advantages: Tensor, returns: Tensor, shift: float, args: Args) -> tuple:
     """Loss of sequences `batch` [B, R, ...], whose last T rows have these advantages and returns [B, T], and metrics:
-    sums over them divided by `num_steps`, how many an average minibatch has, so that every step weighs the same.
+    sums over them divided by how many an average minibatch has, so that every step weighs the same.
 
     policy + vf_coef value - ent_coef entropy + distill_coef shift distill + vision_coef vision + memory_coef memory
     """
@@ -720,7 +695,8 @@ def a2c_loss(
         "approx_kl": importance * (ratio - 1 - log_ratio),  # http://joschu.net/blog/kl-approx.html
         "clipfrac": ((ratio - 1).abs() > args.clip_coef).float(),
     }
-    metrics = {name: x.sum() / num_steps for name, x in per_step.items()}
+    average = args.num_envs * args.num_steps / args.num_minibatches
+    metrics = {name: x.sum() / average for name, x in per_step.items()}
     coefficients = {"policy_loss": 1.0, "value_loss": args.vf_coef, "entropy": -args.ent_coef}
     coefficients |= {"vision_loss": args.vision_coef, "memory_loss": args.memory_coef}
     coefficients |= {"distill_loss": args.distill_coef * shift} if shift else {}
@@ -744,17 +720,16 @@ def memory_loss(agent: Agent, batch: Rollout, seen: Seen) -> Tensor:
 
 def descend(loss: Tensor, agent: Agent, optimizer: torch.optim.Optimizer, max_norm: float) -> dict[str, Tensor]:
     """A step down the gradient, its mean over processes, clipped; gives its norms, or raises if one is not finite."""
-    weights = {name: weight for name, weight in agent.named_parameters() if weight.requires_grad}
+    weights = [weight for weight in agent.parameters() if weight.requires_grad]
     optimizer.zero_grad()
     loss.backward()
-    for weight in weights.values():
+    for weight in weights:
         all_mean(weight.grad)
-    parts = {"vision": "vision.", "memory": ("memory.", "model."), "controller": ("actor.", "critic.", "log_std")}
     norms = {}
-    for part, names in parts.items():
-        gradients = [weight.grad for name, weight in weights.items() if name.startswith(names)]
-        norms |= {f"gradients/{part}": nn.utils.get_total_norm(gradients)} if gradients else {}
-    norms["losses/grad_norm"] = nn.utils.clip_grad_norm_(weights.values(), max_norm, error_if_nonfinite=True)
+    for name, module in (("vision", agent.vision), ("memory", agent.memory), ("controller", agent.actor)):
+        gradients = [weight.grad for weight in module.parameters() if weight.requires_grad]
+        norms[f"gradients/{name}"] = nn.utils.get_total_norm(gradients)
+    norms["losses/grad_norm"] = nn.utils.clip_grad_norm_(weights, max_norm, error_if_nonfinite=True)
     optimizer.step()
     return norms
 
@@ -841,10 +816,8 @@ def evaluate(agent: Agent, args: Args, video_dir: Path | None = None, **how) -> 
 def assess(agent: Agent, args: Args, video_dir: Path) -> tuple[dict, Figure]:
     """Scores of the policy, by its likeliest actions, by sampled ones and without memory, of vision and of dreams."""
     episodes, _ = evaluate(agent, args, video_dir if args.capture_video else None, sampled=False)
-    (others, rollout), (forgetful, _) = evaluate(agent, args), evaluate(agent, args, sampled=False, memory=False)
-    likeliest, sampled, memoryless = (
-        [x.total for x in played] or [math.nan] for played in (episodes, others, forgetful)
-    )
+    (others, rollout), (blind, _) = evaluate(agent, args), evaluate(agent, args, sampled=False, memory=False)
+    likeliest, sampled, memoryless = ([x.total for x in played] or [math.nan] for played in (episodes, others, blind))
     scores = {
         "eval/episodes": len(episodes),
         "eval/episodic_return": fmean(likeliest),
@@ -854,7 +827,7 @@ def assess(agent: Agent, args: Args, video_dir: Path) -> tuple[dict, Figure]:
     }
     if agent.vision.quantizer:
         *_, index = agent.vision.quantizer(agent.vision.encode(rollout.obs[-100:].flatten(0, 1)))  # [M, sites]
-        share = F.one_hot(index, agent.vision.quantizer.codes).float().mean(0)  # [sites, codes]
+        share = F.one_hot(index, len(agent.vision.quantizer.codebook)).float().mean(0)  # [sites, codes]
         scores["vision/usage"] = float((share > 0).float().mean())
         scores["vision/perplexity"] = float(torch.special.entr(share).sum(-1).exp().mean())
     starts = range(agent.memory.prefix, len(rollout.age) - 20, 20)
@@ -1002,8 +975,7 @@ def train(args: Args) -> dict:
                 order = torch.randperm(args.num_envs, generator=rng, device=device)
                 for chosen in order.tensor_split(args.num_minibatches):
                     *batch, adv, ret = (x[:, chosen].transpose(0, 1) for x in (*rollout, advantages, returns))
-                    size = args.num_envs * args.num_steps / args.num_minibatches
-                    loss, metrics = a2c_loss(agent, Rollout(*batch), adv, ret, shift, args, size)
+                    loss, metrics = a2c_loss(agent, Rollout(*batch), adv, ret, shift, args)
                     log.append(metrics | descend(loss, agent, optimizer, args.max_grad_norm))
                 kl = torch.stack([metrics["losses/approx_kl"] for metrics in log[-args.num_minibatches :]]).mean()
                 if args.target_kl and all_mean(kl) > args.target_kl:
