@@ -565,7 +565,7 @@ def setup(env: gym.Env, args: Args) -> tuple[torch.device, int, int, dict]:
     agent = Agent(env.observation_space, env.action_space, args).to(device)
     predictor = Predictor(agent, args.horizon, args.freeze_extractor).to(device)
     forecasting = [predictor] if args.freeze_extractor else [predictor, agent.encoder, agent.lstm]
-    optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam(agent.parameters(), betas=(0.9, 0.97), eps=1e-5, fused=True)  # detail 14
     predictor_optimizer = torch.optim.Adam([w for module in forecasting for w in module.parameters()], fused=True)
     parts = {"agent": agent, "predictor": predictor, "optimizer": optimizer, "predictor_optimizer": predictor_optimizer}
     return device, *((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)), parts

@@ -43,6 +43,8 @@ GO = 'sequence_ppo_selfplay.py --env-id phantom_go --env-kwargs {"board_size":5}
 GO += " --total-timesteps 300000 --hidden-size 128 --checkpoint-every 10 --update-epochs 2 --num-minibatches 2"
 GO += " --gae-lambda 0.95 --elo-games 0"
 WORLDMODEL = "worldmodel_a2c.py --eval-episodes 100 --checkpoint-every 0"
+A2C = "--update-epochs 1 --num-minibatches 1 --num-steps 8"
+EARLY = "worldmodel_a2c.py --checkpoint-every 0 --total-timesteps 10240 --no-anneal-lr"
 RACING = "worldmodel_a2c.py --env-id environments.car_racing:CarRacing64-v0 --num-envs 8 --num-steps 64 --context 16"
 RACING += " --planning-horizon 3 --planning-samples 16 --learning-rate 5e-4 --ent-coef 0.003 --total-timesteps 75000"
 RACING += " --checkpoint-every 0"
@@ -96,17 +98,23 @@ TASKS = {  # task: (seeds, title, {label: command}), and what is plotted if not 
         range(1, 6),
         "CartPole-v1 with a world model",
         {
-            "product EMA, planning": WORLDMODEL,
-            "planning off": f"{WORLDMODEL} --planning off",
+            "planning": WORLDMODEL,
+            "no planning": f"{WORLDMODEL} --no-planning",
+            "A2C (one epoch, one minibatch of 8 steps)": f"{WORLDMODEL} {A2C}",
         },
     ),
-    "worldmodel_variants": (
-        range(1, 3),
-        "CartPole-v1 with other world models",
+    "planning": (
+        range(21, 29),
+        "CartPole-v1, the first 10,000 steps",
         {
-            "planning off, linear controller": f"{WORLDMODEL} --planning off --controller linear",
-            "FSQ, planning": f"{WORLDMODEL} --quantizer fsq",
-            "not quantised, planning": f"{WORLDMODEL} --quantizer none",
+            "planning": EARLY,
+            "no planning": f"{EARLY} --no-planning",
+            "candidates held for 1 step": f"{EARLY} --planning-hold 1",
+            "3 steps ahead": f"{EARLY} --planning-horizon 3",
+            "16 steps ahead": f"{EARLY} --planning-horizon 16",
+            "no distillation": f"{EARLY} --distill-coef 0",
+            "rollouts of 128 steps": f"{EARLY} --num-steps 128",
+            "rollouts of 128 steps, no planning": f"{EARLY} --num-steps 128 --no-planning",
         },
     ),
     "carracing": (range(1, 2), "CarRacing, 75,000 decisions of four frames", {"world model": RACING}),

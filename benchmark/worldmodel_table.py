@@ -1,8 +1,9 @@
-"""Tables of what `python benchmark/learning.py worldmodel` and `worldmodel_variants` measured.
+"""Tables of what `python benchmark/learning.py` measured of worldmodel_a2c.py: the tasks worldmodel, planning and those
+that begin with planning_.
 
     python benchmark/worldmodel_table.py    # results/worldmodel_table.md
 
-Intervals are 95%, Student's t over seeds; differences are paired by seed. Of two seeds, both values are given.
+Intervals are 95%, Student's t over seeds; differences are paired by seed.
 """
 
 import csv
@@ -10,66 +11,71 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from learning import TASKS
 from scipy.stats import t
 
 RESULTS = Path(__file__).parent / "results"
-BASE = "product EMA, planning"
 
 
-def interval(values: list[float], digits: int, sign: str = "") -> str:
-    """Mean and interval, or both values of two; only the mean if the seeds agree."""
+def interval(values: np.ndarray, digits: int = 0, sign: str = "") -> str:
+    """Mean and half the width of its interval; only the mean if the seeds agree or there is one."""
     mean, count = np.mean(values), len(values)
     half = t.ppf(0.975, count - 1) * np.std(values, ddof=1) / count**0.5 if count > 1 else 0.0
-    if half < 0.5 * 10**-digits:
-        return f"{mean:{sign}.{digits}f}"
-    if count == 2:
-        return f"{mean:{sign}.{digits}f} ({values[0]:{sign}.{digits}f}, {values[1]:{sign}.{digits}f})"
-    return f"{mean:{sign}.{digits}f} ({mean - half:{sign}.{digits}f} to {mean + half:{sign}.{digits}f})"
+    return f"{mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if half >= 0.5 * 10**-digits else "")
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def steps_to(points: list[tuple[float, float]], level: float) -> float:
+    """The first step at which a fiftieth of the run's training episodes returned that much on average; NaN if never."""
+    points, end = np.array(points), points[-1][0]
+    for g in np.linspace(0, end, 51)[1:]:
+        window = points[(points[:, 0] > g - end / 50) & (points[:, 0] <= g), 1]
+        if len(window) and np.nanmean(window) >= level:
+            return g
+    return np.nan
+
+
+def table(task: str) -> list[str]:
+    curves, finals = defaultdict(lambda: defaultdict(list)), defaultdict(dict)
+    for row in read(RESULTS / f"{task}_curves.csv"):
+        point = float(row["global_step"]), float(row["episodic_return"] or "nan")
+        curves[row["label"]][int(row["seed"])].append(point)
+    for row in read(RESULTS / f"{task}_final.csv"):
+        finals[row["label"]][int(row["seed"])] = row
+    area = {
+        label: {seed: np.nanmean([value for _, value in points]) for seed, points in seeds.items()}
+        for label, seeds in curves.items()
+    }
+    base = next(iter(finals))
+    lines = [
+        f"**{TASKS[task][1]}**",
+        "",
+        f"| | seeds | likeliest actions | sampled | mean training return | less that of “{base}” | steps to 475 |",
+        "|---" * 7 + "|",
+    ]
+    for label, rows in finals.items():
+        both = sorted(rows.keys() & finals[base].keys())
+        apart = np.array([area[label][seed] - area[base][seed] for seed in both])
+        reached = np.array([steps_to(points, 475) for points in curves[label].values()])
+        cells = [label, len(rows)]
+        for name in ("eval_return_mean", "eval_return_sampled"):
+            cells.append(interval(np.array([float(row[name]) for row in rows.values()])))
+        cells += [interval(np.array(list(area[label].values()))), "" if label == base else interval(apart, 0, "+")]
+        some = reached[~np.isnan(reached)]
+        cells.append(f"{np.median(some):,.0f} ({len(some)} of {len(reached)})" if len(some) else "")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
 
 
 def main() -> None:
-    finals, curves = defaultdict(dict), defaultdict(lambda: defaultdict(list))
-    for task in [task for task in ("worldmodel", "worldmodel_variants") if (RESULTS / f"{task}_final.csv").exists()]:
-        with open(RESULTS / f"{task}_final.csv") as file:
-            for row in csv.DictReader(file):
-                finals[row["label"]][int(row["seed"])] = row
-        with open(RESULTS / f"{task}_curves.csv") as file:
-            for row in csv.DictReader(file):
-                curves[row["label"]][int(row["seed"])].append(float(row["episodic_return"] or "nan"))
-
-    def column(label: str, name: str) -> list[float]:
-        return [float(row[name]) for _, row in sorted(finals[label].items()) if row.get(name)]
-
-    def area(label: str) -> np.ndarray:
-        """Mean return of training episodes over the run, a figure for each seed."""
-        return np.array([np.nanmean(points) for _, points in sorted(curves[label].items())])
-
-    lines = [
-        "| | seeds | return | seeds at 500 | mean training return | product EMA, planning, is beyond it by |",
-        "|---" * 6 + "|",
-    ]
-    for label in finals:
-        returns = column(label, "eval_return_mean")
-        beyond = "" if label == BASE else interval(area(BASE)[: len(returns)] - area(label), 0, "+")
-        at_500 = f"{sum(value == 500 for value in returns)} of {len(returns)}"
-        cells = [label, len(returns), interval(returns, 1), at_500, interval(area(label), 0), beyond]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines += ["", "| evaluated as | policy alone | planner alone | both | without its past |", "|---" * 5 + "|"]
-    for label in finals:
-        names = [f"eval_return_{name}" for name in ("policy", "planner", "both", "memoryless")]
-        cells = [interval(column(label, name), 0) if column(label, name) else "" for name in names]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "| quantiser | RMSE | share of codes used | perplexity | skill 1 step ahead | 5 | 20 |",
-        "|---" * 7 + "|",
-    ]
-    for label in finals:
-        if "planning off" not in label:
-            names = ["vision_rmse", "vision_usage", "vision_perplexity", *(f"model_skill_k{k}" for k in (1, 5, 20))]
-            lines.append(f"| {label} | " + " | ".join(interval(column(label, name), 2) for name in names) + " |")
-    (RESULTS / "worldmodel_table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    tasks = [task for task in TASKS if task == "worldmodel" or task.startswith("planning")]
+    done = [task for task in tasks if (RESULTS / f"{task}_final.csv").exists()]
+    text = "\n\n".join("\n".join(table(task)) for task in done)
+    (RESULTS / "worldmodel_table.md").write_text(text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":
