@@ -49,6 +49,8 @@ from tqdm import tqdm
 from common.gae import gae
 from common.obs import entry_names, flatten
 
+HERMITE = [torch.tensor(x, dtype=torch.float32) for x in np.polynomial.hermite_e.hermegauss(16)]  # points, weights
+
 
 @dataclass
 class Args:  # the comments are what --help says
@@ -236,8 +238,8 @@ class Vision(nn.Module):
                 down += [nn.Conv2d(outer, inner, 4, 2, 1), nn.ReLU()]
                 up = [nn.ReLU(), nn.ConvTranspose2d(inner, outer, 4, 2, 1), *up]
             self.encoder = nn.Sequential(*down, nn.Conv2d(64, size, 4, 2, 1), nn.Flatten(2))  # [B, size, sites]
-            maps = nn.Unflatten(2, (rows, columns))
-            self.decoder = nn.Sequential(maps, nn.ConvTranspose2d(size, 64, 4, 2, 1), *up)
+            up = [nn.Unflatten(2, (rows, columns)), nn.ConvTranspose2d(size, 64, 4, 2, 1), *up]
+            self.decoder = nn.Sequential(*up)
         else:
             self.obs_stats = RunningMeanStd(shape)
             self.encoder = nn.Sequential(nn.Linear(shape[0], 64), nn.ReLU(), nn.Linear(64, self.size))
@@ -261,8 +263,7 @@ class Vision(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents z [..., Z] -> what `normalize` gives."""
-        x = z.flatten(0, -2)
-        x = x.unflatten(-1, (self.sites, -1)).mT if self.image else x
+        x = z.flatten(0, -2).unflatten(-1, (self.sites, -1)).mT if self.image else z.flatten(0, -2)
         return self.decoder(x).unflatten(0, z.shape[:-1])
 
 
@@ -272,12 +273,6 @@ def rotation(position: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     frequency = 10_000 ** (-torch.arange(size // 2, device=position.device, dtype=dtype) / (size // 2))
     angle = (position[..., None].to(dtype) * frequency).unsqueeze(-2)
     return torch.stack((angle.cos(), angle.sin()))
-
-
-def rotate(x: Tensor, turned: Tensor) -> Tensor:
-    """Queries or keys [..., heads, E] turned by the rotation of their positions."""
-    (cos, sin), (a, b) = turned, x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
 
 class Block(nn.Module):
@@ -292,8 +287,10 @@ class Block(nn.Module):
 
     def project(self, x: Tensor, turned: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, L, W] -> queries [B, L, heads, E]; keys and values [B, L, 2, heads, E]. Queries and keys are turned."""
-        query, key, value = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        return rotate(query, turned), torch.stack((rotate(key, turned), value), -3)
+        *both, value = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        (cos, sin), (a, b) = turned, torch.stack(both).chunk(2, -1)
+        query, key = torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
+        return query, torch.stack((key, value), -3)
 
     def attend(self, x: Tensor, query: Tensor, seen: Tensor, mask: Tensor) -> Tensor:
         """Tokens x [B, L, W] with their queries, over S keys and values; mask [B, L, S] is true where one may look."""
@@ -421,8 +418,7 @@ class Agent(nn.Module):
         return Seen(z, commitment, h, *self.control(z, h, action_mask), cache)
 
     def beta(self, args: Args) -> float:
-        """How much plans steer: as much as what they said of past actions came true, by least squares. Planned
-        advantages of less than a hundredth of the returns' standard deviation count as none (detail 4)."""
+        """How much plans steer: as much as what they said of past actions came true, by least squares (detail 4)."""
         return args.planning_beta * max(0.0, float(self.foretold[1] / (self.foretold[0] + 1e-4)))
 
     @torch.no_grad()
@@ -484,9 +480,6 @@ def log_slope(x: Tensor) -> Tensor:
     return 2 * (math.log(2) - x - F.softplus(-2 * x))
 
 
-HERMITE = [torch.tensor(x, dtype=torch.float32) for x in np.polynomial.hermite_e.hermegauss(16)]  # points, weights
-
-
 def logprob_entropy(params: Tensor, action: Tensor, choices: list[int]) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies [...] for params [..., P], actions [..., A]: densities of tanh(action) for a Box,
     whose entropy is that of a Gaussian plus the mean of log_slope, by Gauss-Hermite quadrature (detail 6)."""
@@ -535,17 +528,13 @@ def action_values(agent: Agent, seen: Seen, action: Tensor, args: Args, generato
 
 def steer(params: Tensor, action: Tensor, q: Tensor, beta: float, choices: list[int]) -> Tensor:
     """Parameters [N, P] of the policy times exp(beta Q), Q [N, K]. Discrete: logits + beta (Q - its mean), as in Gumbel
-    MuZero (Danihelka et al. 2022). Box: candidates [N, K, A], drawn from the policy, weigh exp(beta Q); the Gaussian
-    moves as their mean does, and its spread as theirs, by a factor of at most 2. Equal Q change nothing (detail 4)."""
+    MuZero (Danihelka et al. 2022). Box: candidates [N, K, A] from the policy weigh exp(beta Q); the Gaussian moves as
+    their mean does. Equal Q change nothing (detail 4)."""
     if choices:
         return params + beta * (q - (params.softmax(-1) * q).sum(-1, keepdim=True))
     mean, log_std = params.chunk(2, -1)
-    weight = (beta * q).softmax(-1).unsqueeze(-1)  # [N, K, 1]
-    center, new_center = action.mean(1), (weight * action).sum(1)  # [N, A]
-    variance = action.var(1).clamp(min=1e-12)
-    new_variance = (weight * (action - new_center[:, None]) ** 2).sum(1) / (1 - weight.square().sum(1)).clamp(min=1e-6)
-    wider = 0.5 * (new_variance / variance).clamp(0.25, 4).log()
-    return torch.cat((mean + new_center - center, log_std + wider), -1)
+    moved = ((beta * q).softmax(-1)[..., None] * action).sum(1) - action.mean(1)  # [N, A]
+    return torch.cat((mean + moved, log_std), -1)
 
 
 def plan(agent: Agent, seen: Seen, args: Args, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -639,7 +628,6 @@ def play(envs: VectorEnv, agent: Agent, args: Args, seed: int, sampled=True, mem
             raise FloatingPointError("an environment returned an observation or a reward that is not finite")
         back = (np.float32(reward), terminated, truncated, final, new)
         *back, cut, final, new = (torch.from_numpy(x).to(device) for x in back)
-
         on = ~(back[1] | cut) & memory  # [N] where the episode goes on
         following = new, taken * on[:, None], seen.cache.age * on, masks(infos)
         then = agent.step(*following[:2], Cache(seen.cache.seen, following[2]), following[3])
@@ -669,10 +657,7 @@ def collect(player: Iterator[tuple], num_steps: int, prefix: int, before: Rollou
 # --- loss
 def a2c_loss(agent: Agent, batch: Rollout, advantages: Tensor, returns: Tensor, shift: float, args: Args) -> tuple:
     """Loss of sequences `batch` [B, R, ...], whose last T rows have these advantages and returns [B, T], and metrics:
-    sums over them divided by how many an average minibatch has, so that every step weighs the same.
-
-    policy + vf_coef value - ent_coef entropy + distill_coef shift distill + vision_coef vision + memory_coef memory
-    """
+    sums over them divided by how many an average minibatch has, so that every step weighs the same."""
     prefix = batch.age.shape[1] - returns.shape[1]
     seen = agent.unroll(batch.obs, batch.previous, batch.age, batch.action_mask)
     seen = Seen(*(x[:, prefix:] for x in seen[:-1]), seen.cache)
@@ -699,7 +684,7 @@ def a2c_loss(agent: Agent, batch: Rollout, advantages: Tensor, returns: Tensor, 
     metrics = {name: x.sum() / average for name, x in per_step.items()}
     coefficients = {"policy_loss": 1.0, "value_loss": args.vf_coef, "entropy": -args.ent_coef}
     coefficients |= {"vision_loss": args.vision_coef, "memory_loss": args.memory_coef}
-    coefficients |= {"distill_loss": args.distill_coef * shift} if shift else {}
+    coefficients |= {"distill_loss": args.distill_coef * shift}
     if args.stage != "all":
         coefficients = {f"{args.stage}_loss": 1.0}
     loss = sum(coefficient * metrics[name] for name, coefficient in coefficients.items())
@@ -962,12 +947,9 @@ def train(args: Args) -> dict:
             centred = advantages - all_mean(advantages.mean())
             normal = centred / (all_mean(centred.square().mean()).sqrt() + 1e-8)
             advantages = normal if args.norm_adv else advantages
-
-            # --- planning: what it foretold, and what came
             proved = torch.stack((own.planned.square().mean(), (own.planned * normal).mean()))
-            agent.foretold.lerp_(all_mean(proved), 0.2)
-            spread = float(agent.foretold[0].sqrt())
-            shift = min(1.0, beta * spread)  # standard deviation of what plans add to logits
+            agent.foretold.lerp_(all_mean(proved), 0.2)  # what plans foretold, and what came
+            spread = float(agent.foretold[0].sqrt())  # beta x spread is the deviation of what plans add to logits
 
             # --- A2C; the first rollout only gives the statistics (detail 8)
             log = []  # metrics of each minibatch
@@ -975,7 +957,7 @@ def train(args: Args) -> dict:
                 order = torch.randperm(args.num_envs, generator=rng, device=device)
                 for chosen in order.tensor_split(args.num_minibatches):
                     *batch, adv, ret = (x[:, chosen].transpose(0, 1) for x in (*rollout, advantages, returns))
-                    loss, metrics = a2c_loss(agent, Rollout(*batch), adv, ret, shift, args)
+                    loss, metrics = a2c_loss(agent, Rollout(*batch), adv, ret, min(1.0, beta * spread), args)
                     log.append(metrics | descend(loss, agent, optimizer, args.max_grad_norm))
                 kl = torch.stack([metrics["losses/approx_kl"] for metrics in log[-args.num_minibatches :]]).mean()
                 if args.target_kl and all_mean(kl) > args.target_kl:

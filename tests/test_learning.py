@@ -41,3 +41,10 @@ def test_13_half_of_the_lstm_starts_as_a_delay_line(script):
     assert (strength.triu(1) == 0).all() and strength[3, 3] > strength[0, 0] / 2
     bias = agent.lstm.bias_ih_l0.view(4, 65)  # input, forget, cell, output gate
     assert bias[:, 32:].T.tolist() == [[0, 1, 0, 0]] * 33
+
+
+def test_14_adams_second_moments_are_of_about_one_update(script):
+    args = script.Args(env_id="CartPole-v1")
+    *_, parts = script.setup(script.check(args), args)
+    _, beta2 = parts["optimizer"].param_groups[0]["betas"]
+    assert abs(1 / (1 - beta2) - args.num_minibatches * args.update_epochs) < 2

@@ -461,7 +461,7 @@ def test_04_steering_is_the_policy_times_exp_beta_q(worldmodel):
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000), beta=st.floats(0.01, 20))
 def test_04_planned_densities_are_those_of_what_acts(worldmodel, seed, beta):
-    """Discrete ones add up to 1 and forbid what is masked; a Box's Gaussian is at most twice as wide or narrow."""
+    """Discrete ones add up to 1 and forbid what is masked; a Box's Gaussian moves among what was tried."""
     generator = torch.Generator().manual_seed(seed)
     logits, q = torch.randn(4, 5, generator=generator), 10 * torch.randn(4, 5, generator=generator)
     logits[:, 2] = torch.finfo(logits.dtype).min
@@ -473,8 +473,9 @@ def test_04_planned_densities_are_those_of_what_acts(worldmodel, seed, beta):
     params = torch.randn(4, 6, generator=generator)
     action = worldmodel.sample(params[:, None].expand(-1, 8, -1), [], generator)
     steered = worldmodel.steer(params, action, 10 * torch.randn(4, 8, generator=generator), beta, [])
-    change = (steered - params)[:, 3:]
-    assert steered.isfinite().all() and (change.abs() <= math.log(2) + 1e-6).all()
+    assert torch.equal(steered[:, 3:], params[:, 3:])
+    reach = (action - action.mean(1, keepdim=True)).abs().max(1).values
+    assert ((steered - params)[:, :3].abs() <= reach + 1e-5).all()
 
 
 def test_04_planned_samples_follow_the_stored_density(worldmodel):
@@ -630,16 +631,6 @@ def test_06_tanh_density_and_entropy_by_numerical_integration(worldmodel):
         assert entropy[0].item() == pytest.approx(numerical, abs=0.02)
     far = torch.tensor([20.0, -30.0], dtype=torch.float32)
     torch.testing.assert_close(worldmodel.log_slope(far), math.log(4) - 2 * far.abs())
-
-
-def test_04_noise_does_not_narrow_what_acts(worldmodel):
-    """On average over many plans, noise on Q leaves the spread of a Box's actions as it is."""
-    generator = torch.Generator().manual_seed(0)
-    params = torch.zeros(20_000, 2)
-    action = worldmodel.sample(params[:, None].expand(-1, 16, -1), [], generator)
-    q = 0.5 * torch.randn(20_000, 16, generator=generator)
-    change = worldmodel.steer(params, action, q, 1.0, [])[:, 1]
-    assert abs((2 * change).exp().mean().item() - 1) < 0.03
 
 
 def test_06_box_actions_are_squashed_to_their_bounds(worldmodel, monkeypatch):
