@@ -633,7 +633,7 @@ def play(envs: VectorEnv, agent: Agent, args: Args, seed: int, sampled=True, mem
         then = agent.step(*following[:2], Cache(seen.cache.seen, following[2]), following[3])
         next_value = then.value.clone()
         if cut.any():
-            next_value[cut] = agent.step(final, taken[cut], seen.cache.rows(cut)).value
+            next_value[cut] = agent.step(final[cut], taken[cut], seen.cache.rows(cut)).value
         acted = (params, behaviour, planned, action, seen.value, next_value)
         yield Rollout(obs, previous, age, action_mask, *acted, *back, cut), episodes
         (obs, previous, age, action_mask), seen = following, then
