@@ -88,7 +88,7 @@ class Args:  # the comments are what --help says
     vision_coef: float = 1.0  # weight of the reconstruction and commitment losses
     memory_width: int = 128  # size of the transformer's tokens
     memory_layers: int = 2  # transformer blocks
-    context: int = 32  # steps that a block looks back, its own included; all of them see layers x (context - 1) back
+    context: int = 16  # steps that a block looks back, its own included; all of them see layers x (context - 1) back
     memory_coef: float = 1.0  # weight of the losses of the next latent, the reward and the episode's going on
     planning: bool = True  # PLANNING: let plans steer the policy while it trains, as far as they prove right
     planning_horizon: int = 8  # steps to imagine, at the end of which the value stands for the rest

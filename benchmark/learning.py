@@ -8,8 +8,8 @@
     python benchmark/learning.py leduc           # 25 minutes
     python benchmark/learning.py leduc_ablation  # 8 minutes
     python benchmark/learning.py phantom_go      # 8 minutes
-    python benchmark/learning.py worldmodel           # 30 minutes
-    python benchmark/learning.py worldmodel_variants  # 15 minutes
+    python benchmark/learning.py worldmodel      # an hour
+    python benchmark/learning.py planning        # 15 minutes; planning_settings and planning_acrobot likewise
     python benchmark/learning.py carracing            # an hour
 
 Results: {task}_curves.csv, {task}_final.csv and {task}.png in benchmark/results/. `--plot-only` draws them again.
@@ -44,9 +44,10 @@ GO += " --total-timesteps 300000 --hidden-size 128 --checkpoint-every 10 --updat
 GO += " --gae-lambda 0.95 --elo-games 0"
 WORLDMODEL = "worldmodel_a2c.py --eval-episodes 100 --checkpoint-every 0"
 A2C = "--update-epochs 1 --num-minibatches 1 --num-steps 8"
+ACROBOT = "worldmodel_a2c.py --env-id Acrobot-v1 --checkpoint-every 0 --total-timesteps 30720 --no-anneal-lr"
 EARLY = "worldmodel_a2c.py --checkpoint-every 0 --total-timesteps 10240 --no-anneal-lr"
 RACING = "worldmodel_a2c.py --env-id environments.car_racing:CarRacing64-v0 --num-envs 8 --num-steps 64 --context 16"
-RACING += " --planning-horizon 3 --planning-samples 16 --learning-rate 5e-4 --ent-coef 0.003 --total-timesteps 75000"
+RACING += " --planning-horizon 3 --planning-hold 1 --planning-samples 16 --memory-coef 0.1 --learning-rate 5e-4 --ent-coef 0.003 --total-timesteps 75000"
 RACING += " --checkpoint-every 0"
 RETURN = "charts/episodic_return"
 EXPLOITABILITY, AVERAGE = "selfplay/exploitability", "selfplay/exploitability_average"
@@ -111,11 +112,24 @@ TASKS = {  # task: (seeds, title, {label: command}), and what is plotted if not 
             "no planning": f"{EARLY} --no-planning",
             "candidates held for 1 step": f"{EARLY} --planning-hold 1",
             "3 steps ahead": f"{EARLY} --planning-horizon 3",
-            "16 steps ahead": f"{EARLY} --planning-horizon 16",
             "no distillation": f"{EARLY} --distill-coef 0",
+        },
+    ),
+    "planning_settings": (
+        range(21, 29),
+        "CartPole-v1, the first 10,000 steps: other settings",
+        {
+            "planning": EARLY,
+            "16 steps ahead": f"{EARLY} --planning-horizon 16",
+            "looking back 32 steps": f"{EARLY} --context 32",
             "rollouts of 128 steps": f"{EARLY} --num-steps 128",
             "rollouts of 128 steps, no planning": f"{EARLY} --num-steps 128 --no-planning",
         },
+    ),
+    "planning_acrobot": (
+        range(21, 27),
+        "Acrobot-v1, the first 30,000 steps",
+        {"planning": ACROBOT, "no planning": f"{ACROBOT} --no-planning"},
     ),
     "carracing": (range(1, 2), "CarRacing, 75,000 decisions of four frames", {"world model": RACING}),
 }
