@@ -76,7 +76,7 @@ class Args:  # the comments are what --help says
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
     num_minibatches: int = 4  # minibatches per epoch; at most num_envs
-    update_epochs: int = 4  # passes over each rollout; with one, and one minibatch, the gradient is A2C's
+    update_epochs: int = 4  # passes over each rollout; with one, one minibatch and no planning, the gradient is A2C's
     norm_adv: bool = True  # normalise the advantages of each rollout
     clip_coef: float = 0.2  # clip range of the probability ratio
     ent_coef: float = 0.01  # weight of the entropy bonus
@@ -94,8 +94,8 @@ class Args:  # the comments are what --help says
     planning_horizon: int = 8  # steps to imagine, at the end of which the value stands for the rest
     planning_hold: int = 3  # steps for which a candidate action is held, before the policy goes on
     planning_samples: int = 32  # actions to try where they are continuous; of discrete ones, all are tried
-    planning_beta: float = 5.0  # how far plans move the policy's logits, in units of what they have proved to be worth
-    distill_coef: float = 1.0  # weight, times how far that is (at most 1), of drawing the policy after them
+    planning_beta: float = 5.0  # how far Q moves the logits, times the slope of what came on what plans had foretold
+    distill_coef: float = 1.0  # weight, times what plans add to logits (at most 1), of drawing the policy after them
 
 
 class InputError(Exception):
@@ -111,15 +111,14 @@ def check(args: Args) -> gym.Env:
         least, most = "0 or more" if name in may_be_0 else "above 0", at_most.get(name, 10**5)
         if type(x) in (int, float) and not (0 < x <= most or (x == 0 and name in may_be_0)):
             raise InputError(f"--{name.replace('_', '-')} must be {least} and at most {most}, not {x}")
-    if args.num_steps < 2 or args.planning_samples < 2 or args.memory_width % 8:
-        raise InputError("--num-steps and --planning-samples must be above 1, --memory-width a multiple of 8")
-    if args.stage == "memory" and not (args.init_from or args.resume or args.evaluate):
-        raise InputError("--stage memory needs --init-from, a checkpoint of --stage vision")
     try:
         with tempfile.TemporaryDirectory() as tmp, make_env(args, f"{tmp}/v" if args.capture_video else None) as env:
             shape, space = obs_shape(env.observation_space), env.action_space
             assert isinstance(space, (Box, Discrete, MultiDiscrete)), f"no support for {space}"
             assert not (args.planning and isinstance(space, MultiDiscrete)), f"{space} needs --no-planning"
+            assert args.memory_width % 8 == 0, "--memory-width must be a multiple of 8"
+            trained = args.stage != "memory" or args.init_from or args.resume or args.evaluate
+            assert trained, "--stage memory needs --init-from, a checkpoint of --stage vision"
             assert len(shape) == 1 or shape[0] % 16 == shape[1] % 16 == 0, f"sides must be multiples of 16: {shape}"
             return env
     except Exception as error:
@@ -330,13 +329,12 @@ class Memory(nn.Module):
         length = x.shape[1]
         step = torch.arange(length, device=x.device)
         behind = step[:, None] - step  # [L, L]
-        mask = (behind >= 0) & (behind < self.context) & (behind <= age[..., None])  # [B, L, L]
+        mask = (behind > 0) & (behind < self.context) & (behind <= age[..., None])  # [B, L, L]
         mask = mask | (behind == 0)  # padding sees itself: a softmax over nothing would be NaN
         turned, seen = rotation(age, self.head_size, x.dtype), []
         for block in self.blocks:
             query, own = block.project(x, turned)
-            last = own[:, max(0, length - self.context + 1) :]
-            seen.append(F.pad(last, (0, 0) * 3 + (self.context - 1 - last.shape[1], 0)))
+            seen.append(F.pad(own, (0, 0) * 3 + (self.context - 1, 0))[:, length:])
             x = block.attend(x, query, own, mask)
         return self.norm(x), Cache(tuple(seen), age[:, -1] + 1)
 
@@ -356,13 +354,11 @@ class Memory(nn.Module):
 
 # --- agent
 def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
-    layers = []
-    for a, b in ((inputs, 128), (128, 64)):
-        layers += [nn.Linear(a, b), nn.LayerNorm(b), nn.ReLU()]
+    layers = [nn.Linear(inputs, 128), nn.LayerNorm(128), nn.ReLU(), nn.Linear(128, 64), nn.LayerNorm(64), nn.ReLU()]
     layers.append(nn.Linear(64, outputs))
-    for i in (0, 3, 6):
-        nn.init.orthogonal_(layers[i].weight, gain if i == 6 else math.sqrt(2))
-        nn.init.zeros_(layers[i].bias)
+    for layer, gain in zip(layers[::3], (math.sqrt(2), math.sqrt(2), gain), strict=True):  # noqa: B020
+        nn.init.orthogonal_(layer.weight, gain)
+        nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers)
 
 
@@ -387,7 +383,7 @@ class Agent(nn.Module):
         self.log_std = nn.Parameter(torch.full((self.action_size,), -0.5)) if not self.choices else None
         self.return_stats, self.latent_stats = (RunningMeanStd((), memory=100_000) for _ in range(2))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("foretold", torch.zeros(2))  # means of planned advantages squared and times realised ones
+        self.register_buffer("foretold", torch.zeros(2))  # planned advantages squared, and times what came: averages
 
     def control(self, z: Tensor, h: Tensor, action_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Parameters [..., P] and values [...]."""
@@ -406,13 +402,13 @@ class Agent(nn.Module):
         return z + change, reward.squeeze(-1), goes_on.squeeze(-1)
 
     def step(self, obs: Tensor, previous: Tensor, cache: Cache, action_mask: Tensor | None = None) -> "Seen":
-        """One step of N environments: obs [N, *shape], encoded actions before it [N, E], action_mask [N, P]."""
+        """One step of N environments: obs [N, *shape], encoded actions before it [N, E], action_mask [N, E]."""
         z, commitment = self.vision.quantize(self.vision.encode(obs))
         h, cache = self.memory.step(z, previous, cache)
         return Seen(z, commitment, h, *self.control(z, h, action_mask), cache)
 
     def unroll(self, obs: Tensor, previous: Tensor, age: Tensor, action_mask: Tensor | None = None) -> "Seen":
-        """Whole sequences, as Memory.forward takes them: obs [B, L, *shape], action_mask [B, L, P]."""
+        """Whole sequences, as Memory.forward takes them: obs [B, L, *shape], action_mask [B, L, E]."""
         z, commitment = self.vision.quantize(self.vision.encode(obs))
         h, cache = self.memory(z, previous, age)
         return Seen(z, commitment, h, *self.control(z, h, action_mask), cache)
@@ -475,21 +471,17 @@ def sample(params: Tensor, choices: list[int], generator: torch.Generator | None
     return torch.stack([logits.argmax(-1) for logits in (mean + noise).split(choices, -1)], -1)
 
 
-def log_slope(x: Tensor) -> Tensor:
-    """log of tanh'(x), exactly, where 1 - tanh(x)^2 would be 0 in floating point."""
-    return 2 * (math.log(2) - x - F.softplus(-2 * x))
-
-
 def logprob_entropy(params: Tensor, action: Tensor, choices: list[int]) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies [...] for params [..., P], actions [..., A]: densities of tanh(action) for a Box,
-    whose entropy is that of a Gaussian plus the mean of log_slope, by Gauss-Hermite quadrature (detail 6)."""
+    whose entropy is that of a Gaussian plus the mean of log tanh', by Gauss-Hermite quadrature (detail 6)."""
     if not choices:
         mean, log_std = params.chunk(2, -1)
         gaussian = -0.5 * ((action - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
         points, weights = (x.to(mean) for x in HERMITE)
-        slope = log_slope(mean[..., None] + log_std.exp()[..., None] * points) @ weights / math.sqrt(2 * math.pi)
-        entropy = log_std + 0.5 * math.log(2 * math.pi * math.e) + slope
-        return (gaussian - log_slope(action)).sum(-1), entropy.sum(-1)
+        at = torch.cat((action[..., None], mean[..., None] + log_std.exp()[..., None] * points), -1)  # [..., A, 17]
+        slope = 2 * (math.log(2) - at - F.softplus(-2 * at))  # log of tanh'(at), exactly
+        entropy = log_std + 0.5 * math.log(2 * math.pi * math.e) + slope[..., 1:] @ weights / math.sqrt(2 * math.pi)
+        return (gaussian - slope[..., 0]).sum(-1), entropy.sum(-1)
     logprobs = [logits.log_softmax(-1) for logits in params.split(choices, -1)]
     logprob = sum(x.gather(-1, action[..., i, None]).squeeze(-1) for i, x in enumerate(logprobs))
     return logprob, sum(-(x.exp() * x).sum(-1) for x in logprobs)
@@ -555,13 +547,13 @@ class Rollout(NamedTuple):
     obs: Tensor  # [R, N, *shape]
     previous: Tensor  # [R, N, E] the action before, encoded; zeros at an episode's start
     age: Tensor  # [R, N] steps since that start; -1: there is no such step
-    action_mask: Tensor  # [R, N, P] bool: what a discrete action may choose
+    action_mask: Tensor  # [R, N, E] bool: what a discrete action may choose
     params: Tensor  # [R, N, P] of the policy …
     behaviour: Tensor  # [R, N, P] … and of the planned one, which acted
     planned: Tensor  # [R, N] advantage that the plan saw in the action; 0 without a plan
     action: Tensor  # [R, N, A] of a Box before tanh
     value: Tensor  # [R, N] normalised
-    next_value: Tensor  # [R, N] of the true next observation, also where it is the episode's last (detail 5)
+    next_value: Tensor  # [R, N] of the true next observation; of no use where the episode terminated (detail 5)
     reward: Tensor  # [R, N]
     terminated: Tensor  # [R, N] bool
     truncated: Tensor  # [R, N] bool
@@ -602,17 +594,17 @@ def play(envs: VectorEnv, agent: Agent, args: Args, seed: int, sampled=True, mem
         if updates != int(agent.updates):
             updates, rows = int(agent.updates), agent.unroll(*(torch.stack(x, 1) for x in zip(*recent, strict=True)))
             seen = Seen(*(x[:, -1] for x in rows[:-1]), rows.cache)
-        params = behaviour = unit = seen.params
+        params, behaviour, planned = seen.params, seen.params, torch.zeros_like(seen.value)
         if plans and updates:
             behaviour, unit = plan(agent, seen, args, generator)
         action = sample(behaviour, choices, generator if sampled else None)
-        # log of unit / params is Q and a constant; less its mean under what acts
-        gain = logprob_entropy(unit, action, choices)[0] - logprob_entropy(params, action, choices)[0]
-        planned = gain + cross_entropy(unit, behaviour, choices) - cross_entropy(params, behaviour, choices)
+        if plans and updates:  # log of unit / params is Q and a constant; less its mean under what acts
+            gain = logprob_entropy(unit, action, choices)[0] - logprob_entropy(params, action, choices)[0]
+            planned = gain + cross_entropy(unit, behaviour, choices) - cross_entropy(params, behaviour, choices)
         taken = encode_action(action, choices)
-        done = (action if choices else taken).cpu().numpy().reshape(-1, *space.shape) + getattr(space, "start", 0)
+        sent = (action if choices else taken).cpu().numpy().reshape(-1, *space.shape) + getattr(space, "start", 0)
         try:
-            raw, reward, terminated, truncated, infos = envs.step(done)
+            raw, reward, terminated, truncated, infos = envs.step(sent)
         except (EOFError, BrokenPipeError, ConnectionResetError) as error:
             for process in getattr(envs, "processes", ()):  # Gymnasium's close would wait for the dead one
                 process.terminate()
@@ -657,7 +649,8 @@ def collect(player: Iterator[tuple], num_steps: int, prefix: int, before: Rollou
 # --- loss
 def a2c_loss(agent: Agent, batch: Rollout, advantages: Tensor, returns: Tensor, shift: float, args: Args) -> tuple:
     """Loss of sequences `batch` [B, R, ...], whose last T rows have these advantages and returns [B, T], and metrics:
-    sums over them divided by how many an average minibatch has, so that every step weighs the same."""
+    sums over them divided by how many an average minibatch has, so that every step weighs the same. `shift` is how far
+    plans move logits, at most 1."""
     prefix = batch.age.shape[1] - returns.shape[1]
     seen = agent.unroll(batch.obs, batch.previous, batch.age, batch.action_mask)
     seen = Seen(*(x[:, prefix:] for x in seen[:-1]), seen.cache)
@@ -683,8 +676,8 @@ def a2c_loss(agent: Agent, batch: Rollout, advantages: Tensor, returns: Tensor, 
     average = args.num_envs * args.num_steps / args.num_minibatches
     metrics = {name: x.sum() / average for name, x in per_step.items()}
     coefficients = {"policy_loss": 1.0, "value_loss": args.vf_coef, "entropy": -args.ent_coef}
-    coefficients |= {"vision_loss": args.vision_coef, "memory_loss": args.memory_coef}
-    coefficients |= {"distill_loss": args.distill_coef * shift}
+    coefficients |= {"distill_loss": args.distill_coef * shift, "vision_loss": args.vision_coef}
+    coefficients["memory_loss"] = args.memory_coef
     if args.stage != "all":
         coefficients = {f"{args.stage}_loss": 1.0}
     loss = sum(coefficient * metrics[name] for name, coefficient in coefficients.items())
@@ -705,15 +698,15 @@ def memory_loss(agent: Agent, batch: Rollout, seen: Seen) -> Tensor:
 
 def descend(loss: Tensor, agent: Agent, optimizer: torch.optim.Optimizer, max_norm: float) -> dict[str, Tensor]:
     """A step down the gradient, its mean over processes, clipped; gives its norms, or raises if one is not finite."""
-    weights = [weight for weight in agent.parameters() if weight.requires_grad]
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     optimizer.zero_grad()
     loss.backward()
     for weight in weights:
         all_mean(weight.grad)
     norms = {}
     for name, module in (("vision", agent.vision), ("memory", agent.memory), ("controller", agent.actor)):
-        gradients = [weight.grad for weight in module.parameters() if weight.requires_grad]
-        norms[f"gradients/{name}"] = nn.utils.get_total_norm(gradients)
+        if gradients := [weight.grad for weight in module.parameters() if weight.requires_grad]:
+            norms[f"gradients/{name}"] = nn.utils.get_total_norm(gradients)
     norms["losses/grad_norm"] = nn.utils.clip_grad_norm_(weights, max_norm, error_if_nonfinite=True)
     optimizer.step()
     return norms
@@ -760,16 +753,18 @@ def forecast_skill(dreams: Dream) -> Tensor:
 
 @torch.no_grad()
 def dream_figure(agent: Agent, rollout: Rollout) -> Figure:
-    """Of the first environment: images, their reconstructions and what is imagined, side by side; or up to four entries
-    of its observations, and five dreams of them in a row."""
+    """Of the first environment: rows of images, reconstructions and what is imagined; or up to four entries of its
+    observations, and five dreams of them in a row."""
     starts = range(agent.memory.prefix, len(rollout.age) - 20, 20)[:5]
     dreams = dream(agent, Rollout(*(x[:, :1] for x in rollout)), starts)
     views = agent.vision.normalize(dreams.obs), agent.vision.decode(dreams.actual), agent.vision.decode(dreams.imagined)
     figure = Figure(figsize=(10, 8), layout="constrained")
     if agent.vision.image:
-        grid = torch.stack([view[-1, ::3] for view in views]).permute(0, 3, 1, 4, 2)  # [3, height, 7, width, C]
+        longest = dreams.mask.sum(1).argmax()  # within an episode
+        grid = torch.stack([view[longest, ::3] for view in views]).permute(0, 3, 1, 4, 2)  # [3, height, 7, width, C]
+        grid = (grid.flatten(2, 3).flatten(0, 1) + 0.5).clamp(0, 1).cpu().numpy()
         axis = figure.subplots()
-        axis.imshow((grid.flatten(2, 3).flatten(0, 1).squeeze(-1) + 0.5).clamp(0, 1).cpu().numpy(), cmap="gray")
+        axis.imshow(grid if grid.shape[-1] == 3 else grid[..., -1], cmap="gray")
         axis.set(xticks=[], yticks=[], title="1, 4, … 19 steps ahead: what came, its reconstruction, what was imagined")
         return figure
     came, _, imagined = (x.where(dreams.mask[..., None], torch.nan).cpu() for x in views)  # [5, K, D]
@@ -787,7 +782,7 @@ def evaluate(agent: Agent, args: Args, video_dir: Path | None = None, **how) -> 
     """`eval_episodes` episodes, as many of each environment, on seeds not trained on, and the last 300 steps."""
     num_envs = min(args.eval_episodes, args.num_envs)
     left = [len(range(n, args.eval_episodes, num_envs)) for n in range(num_envs)]  # episodes to play
-    steps, episodes = deque(maxlen=300), []
+    steps, episodes, prefix = deque(maxlen=300), [], agent.memory.prefix
     with closing(make_envs(args, num_envs, video_dir)) as envs:
         for step, ended in play(envs, agent, args, args.seed + 1_000_000_000, **how):
             steps.append(step)
@@ -795,9 +790,11 @@ def evaluate(agent: Agent, args: Args, video_dir: Path | None = None, **how) -> 
                 left[episode.n] -= 1
                 episodes += [episode] if left[episode.n] >= 0 else []
             if signals or max(left) <= 0:
-                return episodes, join(steps, agent.memory.prefix)
+                rollout = join(steps, prefix)  # its first rows are padding only if nothing was played before them
+                return episodes, Rollout(*(x[prefix * (len(steps) == steps.maxlen) :] for x in rollout))
 
 
+@torch.no_grad()
 def assess(agent: Agent, args: Args, video_dir: Path) -> tuple[dict, Figure]:
     """Scores of the policy, by its likeliest actions, by sampled ones and without memory, of vision and of dreams."""
     episodes, _ = evaluate(agent, args, video_dir if args.capture_video else None, sampled=False)
@@ -811,7 +808,8 @@ def assess(agent: Agent, args: Args, video_dir: Path) -> tuple[dict, Figure]:
         "eval/return_memoryless": fmean(memoryless),
     }
     if agent.vision.quantizer:
-        *_, index = agent.vision.quantizer(agent.vision.encode(rollout.obs[-100:].flatten(0, 1)))  # [M, sites]
+        x = agent.vision.encode(rollout.obs[agent.memory.prefix :][-100:])
+        *_, index = agent.vision.quantizer(x.flatten(0, 1))  # [M, sites]
         share = F.one_hot(index, len(agent.vision.quantizer.codebook)).float().mean(0)  # [sites, codes]
         scores["vision/usage"] = float((share > 0).float().mean())
         scores["vision/perplexity"] = float(torch.special.entr(share).sum(-1).exp().mean())
@@ -931,14 +929,15 @@ def train(args: Args) -> dict:
     rng, prefix, rollout = torch.Generator(device).manual_seed(seed), agent.memory.prefix, None
     batch_size, stop = world * args.num_envs * args.num_steps, False
     envs = make_envs(args, args.num_envs)
-    player = play(envs, agent, args, seed, plans=args.planning and args.stage == "all")
+    planning = args.planning and args.stage == "all"
+    player = play(envs, agent, args, seed, plans=planning)
     try:
         while counters["global_step"] < args.total_timesteps and not stop:
             # --- rollout, advantages
             started = time.perf_counter()
             remaining = 1 - counters["global_step"] / args.total_timesteps if args.anneal_lr else 1.0
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
-            beta = agent.beta(args)
+            beta = agent.beta(args) if planning else 0.0
             rollout, episodes = collect(player, args.num_steps, prefix, rollout)
             own = Rollout(*(x[prefix:] for x in rollout))  # [T, N]
             values, next_values = map(agent.return_stats.denormalize, (own.value, own.next_value))
@@ -986,9 +985,9 @@ def train(args: Args) -> dict:
             scalars["losses/first_ratio_error"] = float(log[0]["losses/ratio_error"]) if log else math.nan
             if scalars["losses/first_ratio_error"] > 1e-3:
                 bar.write("warning: rollout and update compute different log-probabilities", file=sys.stderr)
-            kl = cross_entropy(own.params, own.behaviour, agent.choices)
-            kl = (kl - cross_entropy(own.behaviour, own.behaviour, agent.choices)).mean()
-            scalars |= {"planning/beta": beta, "planning/kl": float(kl), "planning/spread": spread}
+            cross, entropy = (cross_entropy(x, own.behaviour, agent.choices) for x in (own.params, own.behaviour))
+            scalars["planning/kl"] = float((cross - entropy).mean())
+            scalars |= {"planning/beta": beta, "planning/spread": spread}
             bar.set_postfix_str(f"return {counters['train_return_mean']:.1f}", refresh=False)
             bar.update(min(batch_size, bar.total - bar.n))
             log_scalars(writer, scalars, counters["global_step"])

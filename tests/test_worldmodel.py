@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from contextlib import closing
 
 import gymnasium as gym
 import numpy as np
@@ -285,7 +286,7 @@ def test_02_after_an_update_the_player_looks_again(worldmodel, context):
 @pytest.mark.parametrize(
     "env", [{}, {"action": "box"}, {"masked": True}, {"lengths": [100]}, {"lengths": [1, 2], "ends": ["truncated"]}]
 )
-@pytest.mark.parametrize("changes", [{}, {"context": 16}, {"num_steps": 5}, {"memory_layers": 1}])
+@pytest.mark.parametrize("changes", [{}, {"context": 1}, {"context": 16}, {"num_steps": 5}, {"memory_layers": 1}])
 def test_03_first_ratio_is_one(worldmodel, env, changes):
     """Through episode ends and rollout borders, with plans that act."""
     args, agent, rollouts, _ = play(worldmodel, num_rollouts=4, env=MIXED | env, **changes)
@@ -625,12 +626,15 @@ def test_06_tanh_density_and_entropy_by_numerical_integration(worldmodel):
         axis = torch.linspace(-15, 15, 601, dtype=torch.float64)  # before tanh: da = tanh'(u) du
         grid = torch.cartesian_prod(axis, axis)
         logprob, entropy = worldmodel.logprob_entropy(params.expand(len(grid), 4), grid, [])
-        cell = (axis[1] - axis[0]) ** 2 * worldmodel.log_slope(grid).sum(-1).exp()
+        cell = (axis[1] - axis[0]) ** 2 * (1 - grid.tanh() ** 2).prod(-1)
         assert (logprob.exp() * cell).sum().item() == pytest.approx(1, abs=1e-6)
         numerical = -(logprob.exp() * logprob * cell).sum().item()
         assert entropy[0].item() == pytest.approx(numerical, abs=0.02)
-    far = torch.tensor([20.0, -30.0], dtype=torch.float32)
-    torch.testing.assert_close(worldmodel.log_slope(far), math.log(4) - 2 * far.abs())
+    far, params = torch.tensor([20.0, -30.0]), torch.tensor([20.0, -30.0, 0.0, 0.0])  # where 1 - tanh² is 0 in float32
+    logprob, _ = worldmodel.logprob_entropy(params, far, [])
+    assert logprob.item() == pytest.approx(
+        2 * (50 - math.log(4)) - math.log(2 * math.pi) + 2 * math.log(2) * 0, abs=1e-3
+    )
 
 
 def test_06_box_actions_are_squashed_to_their_bounds(worldmodel, monkeypatch):
@@ -763,3 +767,19 @@ def test_09_a_memoryless_policy_forgets(worldmodel):
         rollout = own(agent, worldmodel.evaluate(agent, args, sampled=False, memory=memory)[1])
         assert set(rollout.age.flatten().tolist()) == ages
         assert rollout.previous.any() == memory
+
+
+def test_09_what_an_evaluation_ends_with_has_its_past(worldmodel):
+    """Of 400 steps 300 are kept; what the memory sees of them first is what it saw."""
+    args, agent, _, _ = play(worldmodel, num_rollouts=0, env={"lengths": (400,)}, context=8)
+    args.eval_episodes = 2
+    _, rollout = worldmodel.evaluate(agent, args)
+    prefix, seen = agent.memory.prefix, []
+    assert (rollout.age >= 0).all() and len(rollout.age) == 300
+    with closing(worldmodel.make_envs(args, 2)) as envs:
+        player = worldmodel.play(envs, agent, args, args.seed + 1_000_000_000)
+        whole = worldmodel.join([next(player)[0] for _ in range(400)], prefix)
+    for rows, start in ((rollout, prefix), (whole, prefix + 100 + prefix)):
+        seen.append(worldmodel.dream(agent, rows, [start], 5))
+    for one, other in zip(*seen, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)

@@ -176,6 +176,8 @@ def test_stages_learn_their_part_and_hand_it_on(worldmodel, tmp_path):
     vision = checkpoint_of(small_run(worldmodel, tmp_path / "v", stage="vision"))
     untrained = checkpoint_of(small_run(worldmodel, tmp_path / "u", stage="vision", total_timesteps=32))
     assert checkpoints_equal(parts(vision)["memory"], parts(untrained)["memory"])
+    tags = scalars(next((tmp_path / "v").iterdir()))
+    assert {tag for tag in tags if tag.startswith("gradients/")} == {"gradients/vision"}
     assert checkpoints_equal(parts(vision)["controller"], parts(untrained)["controller"])
     assert not checkpoints_equal(parts(vision)["vision"], parts(untrained)["vision"])
     memory = checkpoint_of(small_run(worldmodel, tmp_path / "m", stage="memory", init_from=vision))
@@ -200,6 +202,20 @@ def test_stages_refuse_what_does_not_fit(worldmodel, tmp_path):
         args = worldmodel.load(vision)["args"] | {"resume": str(next((tmp_path / "v").iterdir())), "stage": "all"}
         worldmodel.train(worldmodel.Args(**args))
     assert not (tmp_path / "x").exists()
+
+
+def test_without_planning_nothing_is_left_of_plans(worldmodel, tmp_path, monkeypatch):
+    """… of the run that it starts from."""
+    first = checkpoint_of(small_run(worldmodel, tmp_path))
+    state = torch.load(first, weights_only=True)
+    state["agent"]["foretold"] = torch.tensor([0.09, 0.045])
+    torch.save(state, first)
+    shifts, real = [], worldmodel.a2c_loss
+    monkeypatch.setattr(worldmodel, "a2c_loss", lambda *args: shifts.append(args[4]) or real(*args))
+    for changes in ({"planning": False}, {"stage": "memory"}):
+        result = small_run(worldmodel, tmp_path / "next", init_from=first, **changes)
+        assert not any(beta for _, beta in scalars(result["run_dir"])["planning/beta"])
+    assert shifts and not any(shifts)
 
 
 def test_one_step_episodes(worldmodel, tmp_path):
@@ -236,7 +252,7 @@ WRONG = [
     (["--planning-beta", "-1"], "--planning-beta must be 0 or more"),
     (["--gamma", "1.5"], "--gamma must be 0 or more and at most 1"),
     (["--context", "0"], "--context must be above 0"),
-    (["--memory-width", "20"], "--memory-width a multiple of 8"),
+    (["--memory-width", "20"], "--memory-width must be a multiple of 8"),
     (["--num-minibatches", "100"], "--num-minibatches must be above 0 and at most 16"),
     (["--env-id", "CartPoll-v1"], "CartPole"),
     (["--env-id", "no_such_module:Thing-v0"], "no_such_module"),
@@ -244,7 +260,6 @@ WRONG = [
     (["--env-kwargs", '{"nonsense": 1}'], "nonsense"),
     (["--env-id", "test_worldmodel_runs:ToyImage-v0", "--env-kwargs", '{"width": 33}'], "multiples of 16: (16, 33, 1)"),
     (["--stage", "memory"], "--stage memory needs --init-from"),
-    (["--num-steps", "1"], "--num-steps and --planning-samples must be above 1"),
     (["--resume", "nowhere"], "nowhere/checkpoint.pt"),
     (["--evaluate", "nowhere.pt"], "nowhere.pt"),
     (["--init-from", "nowhere.pt"], "nowhere.pt"),
