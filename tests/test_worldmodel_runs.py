@@ -9,9 +9,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Discrete
 from helpers import (
     LAUNCHERS,
+    ROOT,
     assert_a_signal_saves,
     assert_refused,
     assert_two_processes_match_one,
@@ -30,24 +31,32 @@ IMAGES = {"env_id": "test_worldmodel_runs:ToyImage-v0", "env_kwargs": "{}"}
 
 
 class ToyImage(gym.Env):
-    """A bright bar on 16 x 32 pixels, that a continuous action pushes; the reward is how far right it is."""
+    """A bright bar on 16 x 32 pixels, that an action pushes; the reward is how far right it is. With `colour` there are
+    three channels, the action is 4 or 5 (left, right), and every other step says that left is forbidden."""
 
-    def __init__(self, width=32):
-        self.observation_space, self.action_space = Box(0, 255, (16, width, 1), np.uint8), Box(-1, 1, (1,))
+    def __init__(self, width=32, colour=False):
+        self.colour = colour
+        self.observation_space = Box(0, 255, (16, width, 3 if colour else 1), np.uint8)
+        self.action_space = Discrete(2, start=4) if colour else Box(-1, 1, (1,))
 
     def pixels(self):
-        image = np.zeros((16, 32, 1), np.uint8)
+        image = np.zeros((16, 32, 3 if self.colour else 1), np.uint8)
         image[:, int(self.x)] = 255
         return image
+
+    def info(self):
+        return {"action_mask": np.array([0, 1], np.int8)} if self.colour and self.t % 2 else {}
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.x, self.t = self.np_random.uniform(0, 32), 0
-        return self.pixels(), {}
+        return self.pixels(), self.info()
 
     def step(self, action):
-        self.x, self.t = float(np.clip(self.x + 3 * action[0], 0, 31.9)), self.t + 1
-        return self.pixels(), self.x / 32, False, self.t >= 12, {}
+        assert not self.info() or action == 5
+        push = 2.0 * action - 9 if self.colour else action[0]
+        self.x, self.t = float(np.clip(self.x + 3 * push, 0, 31.9)), self.t + 1
+        return self.pixels(), self.x / 32, False, self.t >= 12, self.info()
 
 
 gym.register("ToyImage-v0", entry_point=ToyImage)
@@ -78,6 +87,7 @@ VARIANTS = [
     {"env_kwargs": '{"lengths": [7], "action": "multidiscrete", "masked": true}', "planning": False},
     {"vectorization": "async", "update_epochs": 1},
     IMAGES,
+    IMAGES | {"env_kwargs": '{"colour": true}'},
     IMAGES | {"quantize": False, "num_steps": 3, "total_timesteps": 6 * 12},
 ]
 
@@ -95,7 +105,7 @@ def test_the_same_seed_gives_the_same_scalars(worldmodel, worldmodel_path, tmp_p
     expected = {f"gradients/{name}" for name in ("vision", "memory", "controller")}
     expected |= {f"planning/{name}" for name in ("beta", "kl", "spread")} | {"eval/return_sampled"}
     assert expected | {"losses/vision_loss", "losses/memory_loss", "charts/episodic_return"} <= tags.keys()
-    assert ("vision/perplexity" in tags) == (changes == IMAGES)
+    assert ("vision/perplexity" in tags) == ("env_id" in changes and changes.get("quantize", True))
     for name in ("dream.png", "args.json", "best.pt", "common/gae.py", worldmodel_path.name):
         assert len(list((tmp_path / "a").glob(f"*/{name}"))) == 1
 
@@ -158,6 +168,19 @@ def test_dreams_of_images_are_drawn(worldmodel, tmp_path, pictures):
     first = small_run(worldmodel, tmp_path, checkpoint_every=0, **IMAGES | {"eval_episodes": 6})
     with Image.open(f"{first['run_dir']}/dream.png") as image:
         assert image.size == (1000, 800) and len(image.convert("L").getcolors()) > 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, IMAGES])
+def test_dreams_as_a_gif(worldmodel, tmp_path, changes):
+    checkpoint, gif = (
+        checkpoint_of(small_run(worldmodel, tmp_path, checkpoint_every=0, **changes)),
+        tmp_path / "dream.gif",
+    )
+    result = run_from_shell(ROOT / "benchmark" / "worldmodel_dream.py", checkpoint, gif, "--start", "0", "--steps", "4")
+    assert result.returncode == 0, result.stderr
+    with Image.open(gif) as image:
+        assert image.size == ((4 * 3 * 32, 4 * 16) if changes else (360, 360)) and 1 <= image.n_frames <= 4
 
 
 def test_stages_learn_their_part_and_hand_it_on(worldmodel, tmp_path):
