@@ -216,12 +216,16 @@ def smooth(points: np.ndarray, windows: bool) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--labels", nargs="+", help="only some lines of the picture; the others' results stay")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--runs-dir", help="where to keep the runs and their checkpoints")
     parser.add_argument("--plot-only", action="store_true")
     args = parser.parse_args()
     seeds, title, commands, *tags = TASKS[args.task]
     tags = tags[0] if tags else [RETURN]
+    if unknown := set(args.labels or ()) - commands.keys():
+        parser.error(f"no such label: {', '.join(unknown)}; there are {', '.join(commands)}")
+    commands = {label: command for label, command in commands.items() if label in (args.labels or commands)}
     if not args.plot_only:
         with ThreadPoolExecutor(args.jobs) as pool:
             jobs = [
@@ -230,8 +234,10 @@ def main() -> None:
                 for seed in seeds
             ]
             curves, finals = zip(*(job.result() for job in jobs), strict=True)
-        write(HERE / "results" / f"{args.task}_curves.csv", [row for curve in curves for row in curve])
-        write(HERE / "results" / f"{args.task}_final.csv", list(finals))
+        for name, rows in (("curves", [row for curve in curves for row in curve]), ("final", list(finals))):
+            path = HERE / "results" / f"{args.task}_{name}.csv"
+            old = list(csv.DictReader(path.read_text().splitlines())) if args.labels and path.exists() else []
+            write(path, [row for row in old if row["label"] not in commands] + rows)
     plot(args.task, title, tags)
 
 
