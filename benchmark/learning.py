@@ -204,13 +204,13 @@ def plot(task: str, title: str, tags: list[str]) -> None:
 
 
 def smooth(points: np.ndarray, windows: bool) -> np.ndarray:
-    """[2, P] of points [P, 2], averaged over fifty windows if asked for."""
+    """[2, P] of points [P, 2], averaged over fifty windows if asked for, or ten of a short run."""
     if not windows:
         return points.T
-    end = points[-1, 0]
-    grid = np.linspace(0, end, 51)[1:]
-    chosen = [points[(points[:, 0] > g - end / 50) & (points[:, 0] <= g), 1] for g in grid]
-    return np.array([grid, [values.mean() if len(values) else np.nan for values in chosen]])
+    end, windows = points[-1, 0], 50 if len(points) > 40 else 10
+    grid = np.linspace(0, end, windows + 1)[1:]
+    chosen = [points[(points[:, 0] > g - end / windows) & (points[:, 0] <= g), 1] for g in grid]
+    return np.array([grid, [np.nanmean(values) if np.isfinite(values).any() else np.nan for values in chosen]])
 
 
 def main() -> None:
