@@ -356,8 +356,8 @@ class Memory(nn.Module):
 def mlp(inputs: int, outputs: int, gain: float) -> nn.Sequential:
     layers = [nn.Linear(inputs, 128), nn.LayerNorm(128), nn.ReLU(), nn.Linear(128, 64), nn.LayerNorm(64), nn.ReLU()]
     layers.append(nn.Linear(64, outputs))
-    for layer, gain in zip(layers[::3], (math.sqrt(2), math.sqrt(2), gain), strict=True):  # noqa: B020
-        nn.init.orthogonal_(layer.weight, gain)
+    for layer, scale in zip(layers[::3], (math.sqrt(2), math.sqrt(2), gain), strict=True):
+        nn.init.orthogonal_(layer.weight, scale)
         nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers)
 
@@ -752,10 +752,9 @@ def forecast_skill(dreams: Dream) -> Tensor:
 
 
 @torch.no_grad()
-def dream_figure(agent: Agent, rollout: Rollout) -> Figure:
+def dream_figure(agent: Agent, rollout: Rollout, starts: Sequence[int]) -> Figure:
     """Of the first environment: rows of images, reconstructions and what is imagined; or up to four entries of its
-    observations, and five dreams of them in a row."""
-    starts = range(agent.memory.prefix, len(rollout.age) - 20, 20)[:5]
+    observations, and dreams of them from each of the rows `starts` on, which follow each other."""
     dreams = dream(agent, Rollout(*(x[:, :1] for x in rollout)), starts)
     views = agent.vision.normalize(dreams.obs), agent.vision.decode(dreams.actual), agent.vision.decode(dreams.imagined)
     figure = Figure(figsize=(10, 8), layout="constrained")
@@ -796,7 +795,7 @@ def evaluate(agent: Agent, args: Args, video_dir: Path | None = None, **how) -> 
 
 @torch.no_grad()
 def assess(agent: Agent, args: Args, video_dir: Path) -> tuple[dict, Figure]:
-    """Scores of the policy, by its likeliest actions, by sampled ones and without memory, of vision and of dreams."""
+    """Scores of the policy, by its likeliest actions, by sampled ones and without memory, of codes and of dreams."""
     episodes, _ = evaluate(agent, args, video_dir if args.capture_video else None, sampled=False)
     (others, rollout), (blind, _) = evaluate(agent, args), evaluate(agent, args, sampled=False, memory=False)
     likeliest, sampled, memoryless = ([x.total for x in played] or [math.nan] for played in (episodes, others, blind))
@@ -817,7 +816,8 @@ def assess(agent: Agent, args: Args, video_dir: Path) -> tuple[dict, Figure]:
     if not starts:
         return scores, Figure()
     skill = forecast_skill(dream(agent, rollout, starts))
-    return scores | {f"model/skill_k{k}": float(skill[k - 1]) for k in (1, 5, 20)}, dream_figure(agent, rollout)
+    scores |= {f"model/skill_k{k}": float(skill[k - 1]) for k in (1, 5, 20)}
+    return scores, dream_figure(agent, rollout, starts[:5])
 
 
 def log_scalars(writer: SummaryWriter, scalars: dict, step: int) -> None:

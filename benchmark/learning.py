@@ -10,7 +10,7 @@
     python benchmark/learning.py phantom_go      # 8 minutes
     python benchmark/learning.py worldmodel      # an hour
     python benchmark/learning.py planning        # 15 minutes; planning_settings and planning_acrobot likewise
-    python benchmark/learning.py carracing            # an hour
+    python benchmark/learning.py carracing       # an hour
 
 Results: {task}_curves.csv, {task}_final.csv and {task}.png in benchmark/results/. `--plot-only` draws them again.
 """
@@ -175,7 +175,7 @@ def write(path: Path, rows: list[dict]) -> None:
 
 
 def plot(task: str, title: str, tags: list[str]) -> None:
-    """Each seed's curve and the seeds' mean. Returns are averaged over windows of a fiftieth of the run; what
+    """Each seed's curve and the seeds' mean. Returns are averaged over windows of a fiftieth (a tenth) of the run; what
     evaluations measured is plotted as it is, each seed at its own evaluations."""
     columns = [tag.split("/")[1] for tag in tags]
     curves = defaultdict(lambda: defaultdict(list))
@@ -203,9 +203,9 @@ def plot(task: str, title: str, tags: list[str]) -> None:
     figure.savefig(HERE / "results" / f"{task}.png", dpi=110)
 
 
-def smooth(points: np.ndarray, windows: bool) -> np.ndarray:
-    """[2, P] of points [P, 2], averaged over fifty windows if asked for, or ten of a short run."""
-    if not windows:
+def smooth(points: np.ndarray, average: bool) -> np.ndarray:
+    """[2, P] of points [P, 2], if asked for averaged over fifty windows, or ten of a short run."""
+    if not average:
         return points.T
     end, windows = points[-1, 0], 50 if len(points) > 40 else 10
     grid = np.linspace(0, end, windows + 1)[1:]

@@ -53,7 +53,7 @@ def table(task: str) -> list[str]:
     lines = [
         f"**{TASKS[task][1]}**",
         "",
-        f"| | seeds | likeliest actions | sampled | mean training return | less that of “{base}” | steps to 475 |",
+        f"| | seeds | likeliest actions | sampled | mean training return | minus that of “{base}” | steps to 475 |",
         "|---" * 7 + "|",
     ]
     for label, rows in finals.items():
