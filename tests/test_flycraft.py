@@ -61,6 +61,7 @@ def test_a_timeout_truncates_and_does_not_terminate():
     pytest.fail("no episode lasted to its timeout")
 
 
+@pytest.mark.slow
 def test_trains_on_the_dict_observation_in_processes(script, tmp_path):
     result = script.train(
         script.Args(

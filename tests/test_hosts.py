@@ -386,7 +386,7 @@ def allowed_by_hand(stages):
     return [True, *[grow] * 5, live == ["HOLDING"], bool(live)]
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.integers(0, 2**20))
 def test_random_lives_follow_the_rules(seed):
     rng, patch = np.random.default_rng(seed), pytest.MonkeyPatch()

@@ -1,10 +1,12 @@
 """Tiny learning checks; the real ones are in benchmark/."""
 
+import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
 from toys import scalars
 
 
+@pytest.mark.slow
 def test_memory_is_learnt_and_used(script, tmp_path):
     """Velocity-free CartPole: after 30,000 steps clearly better than at random, and than with its state wiped."""
     args = script.Args(

@@ -154,6 +154,7 @@ def test_11_joint_training_moves_the_extractor_and_12_same_seed_same_scalars(scr
     assert runs["a"]["losses/value_loss"] not in (runs["joint"]["losses/value_loss"], runs["seed"]["losses/value_loss"])
 
 
+@pytest.mark.slow
 def test_10_learns_to_forecast_a_pendulum_and_notices_another(script, tmp_path, monkeypatch):
     """Skill on unseen episodes becomes clearly positive; the drift stays small until gravity changes."""
     rollouts, real = [], script.collect

@@ -16,6 +16,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_use_it_from_python(script, script_path, tmp_path, monkeypatch):
     """Each block, after those before it. The exported policy is the agent, over 1,000 steps with resets."""
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -155,10 +155,10 @@ def assert_is_the_loop(selfplay, agent, data, args):
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("bptt_length", [0, 1, 7, 50, 1000])
+@pytest.mark.parametrize("bptt_length", [0, 1, 7, 12, 1000])
 def test_01_batched_update_is_the_step_by_step_loop(selfplay, network, bptt_length):
     args, agent = toy_agent(selfplay, torch.float64, network=network, bptt_length=bptt_length)
-    data = random_data(selfplay, [1, 3, 60, 2, 2, 17, 9, 41, 8, 7])
+    data = random_data(selfplay, [1, 3, 24, 2, 2, 14, 9, 8, 7])
     with_targets(selfplay, agent, data, args)
     assert_is_the_loop(selfplay, agent, data, args)
 

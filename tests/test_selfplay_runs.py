@@ -325,6 +325,7 @@ torch.save(agents[0].state_dict(), {str(tmp_path)!r} + f"/weights_{{os.environ['
     assert len(list(tmp_path.glob("kuhn*"))) == 1  # one run folder
 
 
+@pytest.mark.slow
 def test_kuhn_gets_less_exploitable(selfplay, tmp_path):
     result = small_run(
         selfplay, tmp_path, total_timesteps=80_000, opponents="self:1", num_envs=512, games_per_update=512,

@@ -23,11 +23,11 @@ from helpers import (
 from PIL import Image
 from toys import ACTION_SPACES, same_but_for_time, scalars
 
-SMALL = {"env_id": "toys:Toy-v0", "num_envs": 2, "num_steps": 16, "num_minibatches": 2, "total_timesteps": 32 * 8}
+SMALL = {"env_id": "toys:Toy-v0", "num_envs": 2, "num_steps": 8, "num_minibatches": 2, "total_timesteps": 16 * 8}
 SMALL |= {"memory_width": 16, "context": 4, "planning_horizon": 2, "planning_samples": 4}
-SMALL |= {"eval_episodes": 2, "checkpoint_every": 2}
-SMALL["env_kwargs"] = json.dumps({"lengths": [5, 9, 30], "ends": ["terminated", "truncated"]})
-IMAGES = {"env_id": "test_worldmodel_runs:ToyImage-v0", "env_kwargs": "{}"}
+SMALL |= {"eval_episodes": 2, "checkpoint_every": 4}
+SMALL["env_kwargs"] = json.dumps({"lengths": [5, 9, 20], "ends": ["terminated", "truncated"]})
+IMAGES = {"env_id": "test_worldmodel_runs:ToyImage-v0", "env_kwargs": "{}", "total_timesteps": 16 * 4}
 
 
 class ToyImage(gym.Env):
@@ -130,7 +130,7 @@ def test_plans_steer_by_what_they_have_proved_to_be_worth(worldmodel, tmp_path, 
     for rollout, (advantages, _) in zip(rollouts, targets, strict=True):
         expected.append(2.0 * max(0.0, product / (squared + 1e-4)))
         normal = (advantages - advantages.mean()) / advantages.std(unbiased=False)
-        planned = rollout.planned[-16:]
+        planned = rollout.planned[-8:]
         squared += 0.2 * (planned.square().mean().item() - squared)
         product += 0.2 * ((planned * normal).mean().item() - product)
     betas = [beta for _, beta in scalars(result["run_dir"])["planning/beta"]]
@@ -141,15 +141,15 @@ def test_plans_steer_by_what_they_have_proved_to_be_worth(worldmodel, tmp_path, 
 def test_resume_continues_counters_schedule_and_curve(worldmodel, tmp_path):
     first = small_run(worldmodel, tmp_path)
     args = worldmodel.Args(**worldmodel.load(checkpoint_of(first))["args"])
-    args = dataclasses.replace(args, resume=first["run_dir"], total_timesteps=32 * 16)
+    args = dataclasses.replace(args, resume=first["run_dir"], total_timesteps=16 * 16)
     second = worldmodel.train(args)
-    assert first["global_step"] == 32 * 8 and second["global_step"] == 32 * 16
+    assert first["global_step"] == 16 * 8 and second["global_step"] == 16 * 16
     curve = scalars(first["run_dir"])["losses/value_loss"]
-    assert [step for step, _ in curve] == [32 * (i + 1) for i in range(1, 16)]  # the first rollout only warms up
+    assert [step for step, _ in curve] == [16 * (i + 1) for i in range(1, 16)]  # the first rollout only warms up
     rates = dict(scalars(first["run_dir"])["charts/learning_rate"])
-    assert rates[32 * 9] == pytest.approx(args.learning_rate * (1 - 8 / 16), rel=1e-4)
+    assert rates[16 * 9] == pytest.approx(args.learning_rate * (1 - 8 / 16), rel=1e-4)
     state = torch.load(checkpoint_of(first), weights_only=True)["agent"]
-    assert state["vision.obs_stats.count"] == 32 * 16 and state["updates"] == 16
+    assert state["vision.obs_stats.count"] == 16 * 16 and state["updates"] == 16
     with pytest.raises(worldmodel.InputError, match="total-timesteps"):
         worldmodel.train(args)
 
@@ -197,7 +197,7 @@ def test_stages_learn_their_part_and_hand_it_on(worldmodel, tmp_path):
         }
 
     vision = checkpoint_of(small_run(worldmodel, tmp_path / "v", stage="vision"))
-    untrained = checkpoint_of(small_run(worldmodel, tmp_path / "u", stage="vision", total_timesteps=32))
+    untrained = checkpoint_of(small_run(worldmodel, tmp_path / "u", stage="vision", total_timesteps=16))
     assert checkpoints_equal(parts(vision)["memory"], parts(untrained)["memory"])
     tags = scalars(next((tmp_path / "v").iterdir()))
     assert {tag for tag in tags if tag.startswith("gradients/")} == {"gradients/vision"}
@@ -207,7 +207,7 @@ def test_stages_learn_their_part_and_hand_it_on(worldmodel, tmp_path):
     assert checkpoints_equal(parts(memory)["vision"], parts(vision)["vision"])  # statistics and codes, too
     assert checkpoints_equal(parts(memory)["controller"], parts(vision)["controller"])
     assert not checkpoints_equal(parts(memory)["memory"], parts(vision)["memory"])
-    started = small_run(worldmodel, tmp_path / "a", init_from=memory, total_timesteps=32, learning_rate=1e-12)
+    started = small_run(worldmodel, tmp_path / "a", init_from=memory, total_timesteps=16, learning_rate=1e-12)
     for part in ("vision", "memory"):
         mine, theirs = parts(checkpoint_of(started))[part], parts(memory)[part]
         for name in mine:
@@ -247,7 +247,7 @@ def test_one_step_episodes(worldmodel, tmp_path):
 
 
 def test_minibatches_are_as_many_as_asked_for(worldmodel, tmp_path):
-    result = small_run(worldmodel, tmp_path, num_envs=5, num_minibatches=4, planning=False, total_timesteps=80 * 4)
+    result = small_run(worldmodel, tmp_path, num_envs=5, num_minibatches=4, planning=False, total_timesteps=40 * 4)
     assert [x for _, x in scalars(result["run_dir"])["losses/importance"]] == pytest.approx([1.0] * 3)
 
 
@@ -320,11 +320,11 @@ def test_unknown_action_space_and_missing_packages(worldmodel, tmp_path, monkeyp
 def test_a_broken_environment_is_one_clear_error(worldmodel, tmp_path, fault, message, vectorization):
     if (fault, vectorization) == ("die", "sync"):
         pytest.skip("takes this process with it")
-    env_kwargs = json.dumps({"lengths": [50], "fault": fault, "fault_step": 16 * 5 + 3})
+    env_kwargs = json.dumps({"lengths": [50], "fault": fault, "fault_step": 8 * 5 + 3})
     with pytest.raises((RuntimeError, FloatingPointError), match=message):
         small_run(worldmodel, tmp_path, env_kwargs=env_kwargs, vectorization=vectorization, eval_episodes=1)
     saved = worldmodel.load(next(tmp_path.glob("*/checkpoint.pt")))
-    assert saved["counters"]["global_step"] == 32 * 4  # the last consistent state
+    assert saved["counters"]["global_step"] == 16 * 4  # the last consistent state
 
 
 def test_a_mask_that_allows_nothing_names_the_environment(worldmodel, tmp_path):
