@@ -37,6 +37,19 @@ def test_an_action_is_held_and_only_the_last_frame_is_drawn(repeat, monkeypatch)
     assert len(drawn) == 8
 
 
+def test_only_what_is_not_seen_is_left_out():
+    """Pixels are the original's, wherever the car is and however it is turned, while the view zooms in and after."""
+    env, original = make(action_repeat=1).unwrapped, car_racing.CarRacing(continuous=True)
+    rng = np.random.default_rng(0)
+    for seed in range(4):
+        env.reset(seed=seed), original.reset(seed=seed)
+        for _ in range(6):
+            place, angle, t = rng.uniform(-250, 250, 2), rng.uniform(-4, 4), rng.uniform(0, 1.5)
+            for each in (env, original):
+                each.car.hull.position, each.car.hull.angle, each.t = place.tolist(), angle, t
+            assert (env._render("rgb_array") == original._render("rgb_array")).all()
+
+
 def test_episodes_end_after_1000_frames_or_off_the_field():
     env, steps = make(action_repeat=250), 0
     env.reset(seed=1)
