@@ -52,7 +52,7 @@ def test_only_what_is_not_seen_is_left_out():
 
 def test_episodes_end_after_1000_frames_or_off_the_field():
     env, steps = make(action_repeat=250), 0
-    env.reset(seed=1)
+    env.reset(seed=10**9)
     truncated = False
     while not truncated:
         _, _, terminated, truncated, _ = env.step(np.zeros(2, np.float32))
@@ -64,6 +64,21 @@ def test_episodes_end_after_1000_frames_or_off_the_field():
     obs, reward, terminated, truncated, _ = env.step(np.zeros(2, np.float32))
     assert terminated and not truncated and reward == -100
     assert (obs != before).any()  # drawn, although the episode ended between two drawn frames
+
+
+def test_hopeless_episodes_are_cut_unless_held_out():
+    """100 frames after the last new piece of road, also in the episodes behind the one that was given a seed."""
+    env = make(action_repeat=10)
+    for seed, whole in ((1, False), (None, False), (10**9, True), (None, True), (2, False)):
+        env.reset(seed=seed)
+        truncated, last, frames = False, 0, 0
+        while not truncated and frames < 400:
+            action = np.array([0.0, 0.5 if frames < 60 else 0.0], np.float32)
+            _, reward, terminated, truncated, _ = env.step(action)
+            frames += 10
+            last = frames if reward > 0 else last
+        assert (frames == 400 and not truncated) if whole else (last < frames <= last + 100 and truncated)
+        assert not terminated and env.unwrapped.frames == (400 if whole else env.unwrapped.last + 100)
 
 
 def test_gray_is_the_luminance():
