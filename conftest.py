@@ -15,7 +15,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; the tests run i
 pytest.register_assert_rewrite("helpers")
 SIGNS = {  # found there only
     "ppo_lstm_predictor.py": "class Predictor(",
-    "ppo_lstm_tamiyo.py": "def cull_outcomes(",
+    "ppo_lstm_tamiyo.py": "def actions_figure(",
     "sequence_ppo_selfplay.py": "class Sequences:",
     "worldmodel_a2c.py": "class Quantizer(",
 }

@@ -37,6 +37,15 @@ def load(data_dir: str | Path, url: str = URL, md5: str = MD5) -> tuple[np.ndarr
     return *arrays(path, members, TRAIN), *arrays(path, members, TEST)
 
 
+def parts(data_dir: str | Path) -> tuple[np.ndarray, np.ndarray, tuple[tuple[int, int], ...]]:
+    """All images and labels, and where those to train, to validate and to test begin and end: 45,000, and the first
+    1,000 of 5,000 and 2,000 of 10,000."""
+    train, train_labels, test, test_labels = load(data_dir)
+    n, last = len(train), len(train) * 9 // 10
+    ends = (0, last), (last, min(n, last + 1000)), (n, n + min(len(test), 2000))
+    return np.concatenate((train, test)), np.concatenate((train_labels, test_labels)), ends
+
+
 def md5_of(path: Path) -> str:
     return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 

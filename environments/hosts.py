@@ -1,20 +1,20 @@
-"""Morphogenesis: many small convolutional networks, the hosts, train side by side, and an agent decides once an epoch
-for each of them whether to grow a new module, make it permanent, or remove it.
+"""Morphogenesis: small convolutional networks, the hosts, train side by side, and an agent decides once an epoch for
+each of them whether to grow a new module, make it permanent, or remove it.
 
-    environments.hosts:Morphogenesis-v0    a Gymnasium VectorEnv; an episode is a host's whole training of 25 epochs
+    environments.hosts:Morphogenesis-v0    a Gymnasium VectorEnv; an episode is a host's whole training
 
 A module ("seed") is germinated in one of two slots and learns in isolation (TRAINING: from the loss of the host with
 the module in place, while the host learns as if it were not there). Then it is blended in (BLENDING: output = host +
-alpha * (module - host), alpha rising along a sigmoid) and waits (HOLDING) to be made permanent (FOSSILIZED). What is
-not permanent at the end is lost.
+alpha * (module - host), alpha rising along a sigmoid) and waits (HOLDING) to be made permanent (FOSSILIZED), which
+makes room for another. What counts at the end is the host as it stands.
 
 Every episode draws another host: its width, learning rate, training images and label noise, whether the contrast of its
-images varies, and which blueprints are unsound in it. A module of an unsound blueprint climbs the loss that it should
-descend; nothing tells but what it does. So a fixed plan fails, and it pays to remember what was tried.
+images varies, and which blueprints are unsound in it: their modules climb the loss that they should descend, and
+nothing tells but what they do. What is observed are readings on a few images, each time others, and nothing that is
+past: whoever wants a trend, or to know what was tried, has to remember.
 
 All hosts are trained in one batched computation, in which none has any influence on another: weights are rows of a
-matrix [N, P], narrow hosts are padded with channels that stay zero, and a convolution on a small map is a matrix
-product, whose matrix holds the kernel along its diagonals (`spread`).
+matrix [N, P], narrow hosts are padded with channels that stay zero, and a convolution is a matrix product (`spread`).
 """
 
 import functools
@@ -28,16 +28,36 @@ import torch
 import torch.nn.functional as F
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
+from sklearn.datasets import load_digits
 from torch import Tensor
 
-EPOCHS, MINIBATCHES, BATCH_SIZE = 25, 12, 32  # of a host's training
-MOMENTUM = 0.9
-WIDTHS = (2, 3, 4)  # channels of a host
-WIDTH = max(WIDTHS)  # to which all are padded
-SLOTS = 2  # behind the first layer and behind the second
-CLASSES = 10
-LN = math.log(CLASSES)  # the loss of guessing
+from environments import cifar10
 
+
+class Setting(NamedTuple):
+    """How long hosts train, and what their modules are like."""
+
+    epochs: int  # of an episode
+    minibatches: int  # of an epoch
+    sprout: int  # a seed stays GERMINATED for 1 to so many epochs
+    training: int  # epochs of TRAINING
+    embargo: int  # epochs of EMBARGOED, one after a cull
+    unsound: float  # probability for each blueprint
+    pace: float  # step size of modules, in units of their host's
+    clock: bool  # whether the epoch is observed
+
+
+SETTINGS = {  # in `memory`, no single look tells what was tried before, and trying again is free
+    "plain": Setting(25, 12, sprout=1, training=3, embargo=3, unsound=0.3, pace=1.0, clock=True),
+    "memory": Setting(75, 4, sprout=8, training=9, embargo=0, unsound=0.5, pace=3.0, clock=False),
+}
+BATCH_SIZE, MOMENTUM = 32, 0.9
+WIDTHS, WIDTH = (2, 3, 4), 4  # channels of a host, and those to which all are padded
+SLOTS, BLENDING = 2, 5  # behind the first layer and behind the second; epochs
+CLASSES, LN = 10, math.log(10)  # the loss of guessing
+READING = 32  # validation images of a reading
+ACCURACY, PRICE = 10.0, 0.2  # worth of accuracy on the validation images; price of as many parameters as the host's
+TRAIN, VALIDATION, TEST = range(3)  # parts of the images
 HELD_OUT = 1_000_000_000  # seeds from here on are never drawn: they are for evaluation
 
 # what an episode draws
@@ -45,125 +65,64 @@ LEARNING_RATES = (0.005, 0.02)  # log-uniform
 SMALLEST_SUBSET = 200  # training images: log-uniform between this and all
 LABEL_NOISE = 0.2  # half the hosts have up to this share of random labels
 CONTRAST = 1.2  # half the hosts see images multiplied by exp(CONTRAST * N(0, 1))
-UNSOUND, UNSOUND_STEP = 0.3, 0.25  # probability for each blueprint; how fast its modules climb once they are blended in
+UNSOUND_STEP = 0.25  # how fast unsound modules climb once they are blended in
 
-
-class Stage(IntEnum):
-    """Of a slot."""
-
-    DORMANT = 0  # free
-    GERMINATED = 1  # the module has its initial weights
-    TRAINING = 2
-    BLENDING = 3
-    HOLDING = 4
-    FOSSILIZED = 5  # permanent
-    CULLED = 6
-    EMBARGOED = 7
-
-
+# stages of a slot: DORMANT is free, a GERMINATED module has its initial weights, a FOSSILIZED one is permanent
+Stage = IntEnum("Stage", "DORMANT GERMINATED TRAINING BLENDING HOLDING FOSSILIZED CULLED EMBARGOED", start=0)
 LIVE = (Stage.GERMINATED, Stage.TRAINING, Stage.BLENDING, Stage.HOLDING)
+GROWN = (Stage.BLENDING, Stage.HOLDING, Stage.FOSSILIZED)  # the module is part of the host
 BLUEPRINTS = ("norm", "attention", "depthwise", "conv_light", "conv_heavy")
 ACTIONS = ("WAIT", *(f"GERMINATE_{name.upper()}" for name in BLUEPRINTS), "FOSSILIZE", "CULL")
 WAIT, GERMINATE, FOSSILIZE, CULL = 0, 1, 6, 7  # GERMINATE + i germinates blueprint i
-
-BY_ACTION = {  # every way from one stage to another: by an action …
+BY_ACTION = {  # the other ways from one stage to another take time: `Morphogenesis.by_time`
     (Stage.DORMANT, "GERMINATE"): Stage.GERMINATED,
     (Stage.HOLDING, "FOSSILIZE"): Stage.FOSSILIZED,
     **{(stage, "CULL"): Stage.CULLED for stage in (Stage.TRAINING, Stage.BLENDING, Stage.HOLDING)},
 }
-BY_TIME = {  # … or after so many epochs
-    Stage.GERMINATED: (1, Stage.TRAINING),
-    Stage.TRAINING: (3, Stage.BLENDING),
-    Stage.BLENDING: (5, Stage.HOLDING),
-    Stage.CULLED: (1, Stage.EMBARGOED),
-    Stage.EMBARGOED: (3, Stage.DORMANT),
-}
-
 OBSERVATION = {  # name: range
-    "epoch": (0, 1),  # fraction of the episode
-    "train_loss": (0, 3),  # losses in units of ln 10, that of guessing
+    "epoch": (0, 1),  # fraction of the episode; 0 in a setting without a clock
+    "train_loss": (0, 3),  # of the last minibatch (at first, of validation); in units of ln 10, the loss of guessing
     "train_accuracy": (0, 1),
-    "validation_loss": (0, 3),
+    "validation_loss": (0, 3),  # on READING of the validation images
     "validation_accuracy": (0, 1),
-    "train_loss_change": (-1, 1),  # since the last epoch
-    "train_accuracy_change": (-1, 1),
-    "validation_loss_change": (-1, 1),
-    "validation_accuracy_change": (-1, 1),
-    "plateau": (0, 1),  # epochs without a new lowest validation loss, as a fraction of the episode
-    "best_accuracy": (0, 1),  # on the validation images so far
-    "no_seed": (0, 1),  # stage of the live seed, one-hot; GERMINATED is over before anything is observed
-    "training": (0, 1),
-    "blending": (0, 1),
-    "holding": (0, 1),
-    **dict.fromkeys(BLUEPRINTS, (0, 1)),  # blueprint of the live seed, one-hot
+    **dict.fromkeys(("no_seed", "germinated", "training", "blending", "holding"), (0, 1)),  # of the live seed, one-hot
+    **dict.fromkeys(BLUEPRINTS, (0, 1)),  # likewise
     "seed_age": (0, 1),  # epochs since its germination, as a fraction of the episode
     "alpha": (0, 1),
-    "improvement": (-1, 1),  # of the validation loss since its germination
     "contribution": (-1, 1),  # validation loss without the seed minus with it (in TRAINING: if it were blended in)
     "free_slots": (0, 1),
     "fossilized_slots": (0, 1),
     "parameter_ratio": (0, 3),  # of all modules to the host
 }
-HISTORY = ("train_loss", "validation_loss", "validation_accuracy", "contribution")  # repeated by `history`
-
-ACCURACY = 10.0  # reward for what was gained in final accuracy on the validation images
-CONTRIBUTION = 0.3  # … for the change of the seed's contribution to the validation loss, per nat
-RENT = 0.003  # cost of an epoch, times the parameter ratio
-INTERVENTION = 0.01  # cost of any action but WAIT
-POTENTIAL = 0.05  # shaping: of a seed that is HOLDING; earlier stages have a share of it
-SHARE = np.array([0, 0, 0.5, 0.75, 1, 1, 0, 0])  # by stage
-
-
-class Patches(NamedTuple):
-    """Images cut for the hosts' first layer: patches [n, Q, K] of Q positions, K values each, standardised."""
-
-    train: tuple[Tensor, Tensor]  # patches, labels [n]
-    validation: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
 
 
 @functools.cache
-def load_images(dataset: str, data_dir: str, dtype: torch.dtype) -> Patches:
-    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, split 897 / 360 / 540 once and for all; or CIFAR-10,
-    split 45,000 / 5,000 / 10,000, of which validation and test use the first 1,000 and 2,000."""
+def load_images(dataset: str, data_dir: str, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """Images cut for the hosts' first layer, standardised: patches [n, Q, K] of Q positions, K values each, and labels
+    [n], to train, to validate and to test. scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, split 897 / 360 /
+    540 once and for all; or CIFAR-10."""
     if dataset == "digits":
-        from sklearn.datasets import load_digits
-
         pixels, labels = load_digits(return_X_y=True)
         order = np.random.default_rng(0).permutation(len(labels))
         images, labels = pixels[order].reshape(-1, 1, 8, 8), labels[order]
         kernel, stride, ends = 3, 2, ((0, 897), (897, 1257), (1257, 1797))
     elif dataset == "cifar10":
-        from environments.cifar10 import load
-
-        train, train_labels, test, test_labels = load(data_dir)
-        images, labels = np.concatenate((train, test)), np.concatenate((train_labels, test_labels))
-        n = len(train)
-        kernel, stride, ends = 5, 4, ((0, n * 9 // 10), (n * 9 // 10, min(n, n * 9 // 10 + 1000)), (n, n + 2000))
+        images, labels, ends = cifar10.parts(data_dir)
+        kernel, stride = 5, 4
     else:
         raise ValueError(f"dataset must be digits or cifar10, not {dataset}")
     std, mean = torch.std_mean(torch.from_numpy(images[: ends[0][1]]).to(dtype), correction=0)
-    parts = []
-    for first, last in ends:
-        pixels = (torch.from_numpy(images[first:last]).to(dtype) - mean) / std
-        patches = F.unfold(pixels, kernel, padding=kernel // 2, stride=stride).transpose(1, 2)  # [n, Q, K]
-        parts.append((patches.contiguous(), torch.from_numpy(labels[first:last]).long()))
-    return Patches(*parts)
+    pixels = (torch.from_numpy(images).to(dtype) - mean) / std
+    patches = F.unfold(pixels, kernel, padding=kernel // 2, stride=stride).mT.contiguous()  # [n, Q, K]
+    return [(patches[first:last], torch.from_numpy(labels[first:last]).long()) for first, last in ends]
 
 
 # --- the hosts' network
-
-
 def shapes_of(width: int, patch: int) -> dict[str, tuple[int, ...]]:
     """Weights of a host of so many channels, whose patches have `patch` values."""
-    return {
-        "stem": (patch, width),
-        "stem_bias": (width,),
-        "kernel": (width, width, 9),  # in, out, position
-        "kernel_bias": (width,),
-        "head": (4, width, CLASSES),  # from 2 x 2 pooled positions
-        "head_bias": (CLASSES,),
-    }
+    kernel = {"kernel": (width, width, 9), "kernel_bias": (width,)}  # in, out, position
+    head = {"head": (4, width, CLASSES), "head_bias": (CLASSES,)}  # from 2 x 2 pooled positions
+    return {"stem": (patch, width), "stem_bias": (width,)} | kernel | head
 
 
 def module_shapes_of(width: int) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -224,12 +183,10 @@ def residual_conv(x: Tensor, scale: Tensor, shift: Tensor, kernel: Tensor, width
 
 
 def apply_modules(x: Tensor, flat: Tensor, width: Tensor, counts: list[int], joins: Tensor) -> Tensor:
-    """The output of M modules, sorted by blueprint, `counts` of each: x [M, B, Q * W], weights `flat`
-    [M, MODULE_SIZE]."""
+    """What M modules give, sorted by blueprint, `counts` of each: x [M, B, Q * W], weights [M, MODULE_SIZE]."""
     inputs, widths = x.split(counts), width.split(counts)
-    weights = [
-        unpack(part, module_shapes_of(WIDTH)[name]) for part, name in zip(flat.split(counts), BLUEPRINTS, strict=True)
-    ]
+    shapes = [module_shapes_of(WIDTH)[name] for name in BLUEPRINTS]
+    weights = [unpack(*part) for part in zip(flat.split(counts), shapes, strict=True)]
     norm = normalize(inputs[0], *weights[0], widths[0])
 
     squeeze, excite = weights[1]  # squeeze-and-excitation, arXiv 1709.01507
@@ -251,16 +208,12 @@ class Rows(NamedTuple):
     weights: Tensor  # [R, P]
     width: Tensor  # [R]
     alpha: Tensor  # [R, SLOTS]
-    grown: list[
-        tuple[Tensor, list[int]]
-    ]  # for each slot: rows whose module has alpha > 0, by blueprint; numbers of each
+    grown: list[tuple[Tensor, list[int]]]  # by slot: rows whose module has alpha > 0, by blueprint; numbers of each
 
 
 def forward(rows: Rows, patches: Tensor, contrast: Tensor, joins: Tensor) -> Tensor:
-    """Patches [R, B, Q, K] (or [1, B, Q, K] for all rows), to be multiplied by contrast [R, B] -> logits
-    [R, B, CLASSES]."""
-    count = len(rows.weights)
-    batch, positions, patch = patches.shape[1:]
+    """Patches [R, B, Q, K] (or [1, B, Q, K] for all), times contrast [R, B] -> logits [R, B, CLASSES]."""
+    count, (batch, positions, patch) = len(rows.weights), patches.shape[1:]
     shapes = shapes_of(WIDTH, patch)
     host, *modules = rows.weights.split([size(shapes)] + [MODULE_SIZE] * SLOTS, 1)
     stem, stem_bias, conv, conv_bias, head, head_bias = unpack(host, shapes)
@@ -284,80 +237,66 @@ def forward(rows: Rows, patches: Tensor, contrast: Tensor, joins: Tensor) -> Ten
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """[R, B, CLASSES], [R, B] -> mean over each row's images [R]."""
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
+    """[R, B, CLASSES], [R, B] -> of each image [R, B]."""
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
 
 
 MODULE_SIZE = max(map(size, module_shapes_of(WIDTH).values()))
 
 
 # --- the environment
-
-
 class Morphogenesis(VectorEnv):
     """N hosts; one step is an epoch of each. Actions are ACTIONS, observations OBSERVATION, both in that order, and
     `infos["action_mask"]` [N, 8] tells what is allowed; anything else raises ValueError. Autoreset is SAME_STEP.
 
-    The reward is, at the end, ACCURACY times the accuracy on the validation images beyond that of the host's twin,
-    which has the same start and the same data, and in which nothing grows (without that, the return would mostly tell
-    how hard the host is); plus CONTRIBUTION times each change of the live seed's contribution (0 until it is blended
-    in; what was paid is taken back if the seed goes), minus RENT and INTERVENTION, plus potential-based shaping (Ng et
-    al. 1999) whose potential is 0 at every end. A host whose loss is no longer finite ends its episode there,
-    with the accuracy of guessing against its twin's at that epoch. Only `final_info` tells anything about the test
-    images.
+    A host's worth is ACCURACY times its accuracy on all validation images beyond that of its twin, which has the same
+    start and the same data, and in which nothing grows, minus PRICE times its modules' parameters, as a share of the
+    host's own. The reward is the change of the worth, so the return is the worth at the end, whatever was done when.
+    A host whose loss is no longer finite ends its episode there, with the accuracy of guessing. Only `final_info` tells
+    anything about the test images.
 
     `reset(seed=[…])` gives each host a seed, which determines everything but the actions. `options={"modules": x}`,
     x [N, SLOTS], lets hosts start with permanent modules (blueprint numbers, or -1). `history` adds the last so many
-    values of HISTORY.
+    observations.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
 
-    def __init__(
-        self, num_envs: int, dataset: str = "digits", data_dir: str = "data", history: int = 0, gamma: float = 0.99
-    ):
-        self.num_envs, self.history, self.gamma = num_envs, history, gamma
-        ranges = [*OBSERVATION.values(), *[OBSERVATION[name] for _ in range(history) for name in HISTORY]]
-        low, high = np.array(ranges, np.float32).T
+    def __init__(self, num_envs: int, setting="plain", dataset="digits", data_dir="data", history: int = 0):
+        self.num_envs, self.setting = num_envs, SETTINGS[setting]
+        low, high = np.array([*OBSERVATION.values()] * (1 + history), np.float32).T
         self.single_observation_space, self.single_action_space = Box(low, high), Discrete(len(ACTIONS))
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
         self.images = load_images(dataset, data_dir, torch.get_default_dtype())
-        _, positions, self.patch = self.images.train[0].shape
+        _, positions, self.patch = self.images[TRAIN][0].shape
         self.joins = diagonals(positions)
-
-        def zeros(*shape: int, dtype: type = float) -> np.ndarray:
-            return np.zeros((num_envs, *shape), dtype)
-
         # what a host is
         self.next_seed = [np.random.default_rng() for _ in range(num_envs)]  # draw the hosts behind the first
-        self.seeds, self.width = zeros(dtype=int), zeros(dtype=int)
-        self.learning_rate, self.label_noise = zeros(), zeros()
-        self.unsound = zeros(len(BLUEPRINTS), dtype=bool)
-        self.subset: list[np.ndarray] = [np.empty(0)] * num_envs  # its training images
-        self.batches: list[np.random.Generator] = [np.random.default_rng()] * num_envs  # draws its minibatches
-        self.labels = torch.zeros(num_envs, len(self.images.train[1]), dtype=torch.int64)  # of all images, with noise
+        self.batches, self.readers = ([np.random.default_rng()] * num_envs for _ in range(2))  # draw images
+        self.subset = [np.empty(0)] * num_envs  # its training images
+        self.seeds, self.width = np.zeros((2, num_envs), int)
+        self.learning_rate, self.label_noise = np.zeros((2, num_envs))
+        self.unsound = np.zeros((num_envs, len(BLUEPRINTS)), bool)
+        self.labels = torch.zeros(num_envs, len(self.images[TRAIN][1]), dtype=torch.int64)  # of all images, with noise
         self.contrast = [torch.ones(num_envs, len(labels)) for _, labels in self.images]
         # where it stands
         host_size = size(shapes_of(WIDTH, self.patch))
         self.weights, self.momentum = torch.zeros(2, 2 * num_envs, host_size + SLOTS * MODULE_SIZE)  # then the twins'
         self.direction = torch.zeros(num_envs, self.weights.shape[1])  # step size: 1, 0 for padding, below 0 to climb
         self.module = [slice(host_size + s * MODULE_SIZE, host_size + (s + 1) * MODULE_SIZE) for s in range(SLOTS)]
-        self.epoch, self.germinations, self.culls = (zeros(dtype=int) for _ in range(3))
-        self.stage, self.age, self.blueprint = (zeros(SLOTS, dtype=int) for _ in range(3))  # age: epochs in this stage
-        self.seed_age, self.plateau = zeros(dtype=int), zeros(dtype=int)
-        self.reading, self.change = zeros(4), zeros(4)  # train loss, train accuracy, validation loss and accuracy
-        self.contribution, self.paid, self.potential = zeros(), zeros(), zeros()
-        self.loss_at_germination, self.best_loss, self.best_accuracy = zeros(), zeros(), zeros()
-        self.past = zeros(history, len(HISTORY))
+        self.stage, self.age, self.blueprint = np.zeros((3, num_envs, SLOTS), int)  # age: epochs in this stage
+        self.epoch, self.germinations, self.culls, self.seed_age, self.sprout = np.zeros((5, num_envs), int)
+        self.worth, self.contribution = np.zeros((2, num_envs))
+        self.reading = np.zeros((num_envs, 4))  # train loss, train accuracy, validation loss and accuracy
+        self.seen = np.zeros((num_envs, 1 + history, len(OBSERVATION)), np.float32)  # observations, newest first
 
     # --- a host's life
-
     def begin(self, n: int, seed: int, modules: tuple[int, ...]) -> None:
         """Makes row n another host."""
         self.seeds[n], self.batches[n] = seed, np.random.default_rng([seed, 1])
-        rng = np.random.default_rng([seed, 0])
-        true_labels = self.images.train[1]
+        self.readers[n], rng = np.random.default_rng([seed, 4]), np.random.default_rng([seed, 0])
+        true_labels = self.images[TRAIN][1]
         self.width[n] = rng.choice(WIDTHS)
         self.learning_rate[n] = np.exp(rng.uniform(*np.log(LEARNING_RATES)))
         self.subset[n] = rng.permutation(len(true_labels))
@@ -368,11 +307,9 @@ class Morphogenesis(VectorEnv):
         varies = rng.choice([0, CONTRAST])
         for contrast in self.contrast:
             contrast[n] = torch.from_numpy(np.exp(varies * rng.normal(size=contrast.shape[1])))
-        self.unsound[n] = rng.random(len(BLUEPRINTS)) < UNSOUND
+        self.unsound[n] = rng.random(len(BLUEPRINTS)) < self.setting.unsound
         self.momentum[[n, n + self.num_envs]] = 0
-        for array in (self.weights, self.direction, self.stage, self.age, self.seed_age, self.epoch, self.plateau):
-            array[n] = 0
-        for array in (self.germinations, self.culls, self.contribution, self.paid, self.change):
+        for array in (self.weights, self.direction, self.stage, self.age, self.epoch, self.germinations, self.culls):
             array[n] = 0
         self.fill(n, 0, *(shapes_of(width, self.patch) for width in (int(self.width[n]), WIDTH)), rng)
         self.weights[n + self.num_envs] = self.weights[n]
@@ -380,11 +317,8 @@ class Morphogenesis(VectorEnv):
             if blueprint >= 0:
                 self.germinate(n, slot, blueprint)
                 self.stage[n, slot] = Stage.FOSSILIZED
-        self.potential[n] = POTENTIAL * SHARE[self.stage[n]].sum()
 
-    def fill(
-        self, n: int, first: int, own: dict[str, tuple], padded: dict[str, tuple], rng: np.random.Generator
-    ) -> None:
+    def fill(self, n: int, first: int, own: dict, padded: dict, rng: np.random.Generator, step: float = 1.0) -> None:
         """Writes initial weights into row n from column `first` on, those of a narrow host where those of the widest
         are: scales of 1, biases and shifts of 0, He's normal for the rest (arXiv 1502.01852)."""
         for name, shape in own.items():
@@ -396,7 +330,7 @@ class Morphogenesis(VectorEnv):
                 fan_in = 9 if name == "depth" else math.prod(shape) // shape[2 if name == "head" else 1]
                 value = rng.normal(0, (2 / fan_in) ** 0.5, shape)
             self.weights[n, first:last].view(padded[name])[place] = torch.from_numpy(value).to(self.weights.dtype)
-            self.direction[n, first:last].view(padded[name])[place] = 1
+            self.direction[n, first:last].view(padded[name])[place] = step
             first = last
 
     def germinate(self, n: int, slot: int, blueprint: int) -> None:
@@ -406,49 +340,52 @@ class Morphogenesis(VectorEnv):
         self.germinations[n] += 1
         rng = np.random.default_rng([self.seeds[n], 2, self.germinations[n]])
         shapes = (module_shapes_of(width)[BLUEPRINTS[blueprint]] for width in (int(self.width[n]), WIDTH))
-        self.fill(n, self.module[slot].start, *shapes, rng)
-        if self.unsound[n, blueprint]:
-            self.direction[n, self.module[slot]] *= -1
-        self.blueprint[n, slot] = blueprint
-        self.seed_age[n], self.loss_at_germination[n] = 0, self.reading[n, 2]
-
-    def live(self, n: int) -> int | None:
-        """The slot of host n's live seed."""
-        return next((slot for slot in range(SLOTS) if self.stage[n, slot] in LIVE), None)
+        step = -self.setting.pace if self.unsound[n, blueprint] else self.setting.pace
+        self.fill(n, self.module[slot].start, *shapes, rng, step)
+        self.blueprint[n, slot], self.seed_age[n] = blueprint, 0
+        self.sprout[n] = rng.integers(1, self.setting.sprout + 1)
 
     def act(self, n: int, action: int) -> None:
         """Anything but WAIT: moves a slot along BY_ACTION."""
         name = "GERMINATE" if GERMINATE <= action < FOSSILIZE else ACTIONS[action]
-        slot = int(np.argmin(self.stage[n])) if name == "GERMINATE" else self.live(n)
-        self.stage[n, slot], self.age[n, slot] = BY_ACTION[Stage(self.stage[n, slot]), name], 0
+        slots = np.flatnonzero(self.stage[n] == Stage.DORMANT if name == "GERMINATE" else np.isin(self.stage[n], LIVE))
+        self.stage[n, slots[0]], self.age[n, slots[0]] = BY_ACTION[Stage(self.stage[n, slots[0]]), name], 0
         if name == "GERMINATE":
-            self.germinate(n, slot, action - GERMINATE)
+            self.germinate(n, slots[0], action - GERMINATE)
         self.culls[n] += name == "CULL"
+
+    def by_time(self) -> dict:
+        """After how many epochs a stage ends by itself, and what follows."""
+        return {
+            Stage.GERMINATED: (self.sprout[:, None], Stage.TRAINING),
+            Stage.TRAINING: (self.setting.training, Stage.BLENDING),
+            Stage.BLENDING: (BLENDING, Stage.HOLDING),
+            Stage.CULLED: (1, Stage.EMBARGOED),
+            Stage.EMBARGOED: (self.setting.embargo, Stage.DORMANT),
+        }
 
     def action_masks(self) -> np.ndarray:
         """[N, 8] bool."""
-        live, mask = np.isin(self.stage, LIVE), np.zeros((self.num_envs, len(ACTIONS)), bool)
+        live, mask = np.isin(self.stage, LIVE).any(1), np.zeros((self.num_envs, len(ACTIONS)), bool)
         mask[:, WAIT] = True
-        mask[:, GERMINATE:FOSSILIZE] = ((self.stage == Stage.DORMANT).any(1) & ~live.any(1))[:, None]
+        mask[:, GERMINATE:FOSSILIZE] = ((self.stage == Stage.DORMANT).any(1) & ~live)[:, None]
         mask[:, FOSSILIZE] = (self.stage == Stage.HOLDING).any(1)
-        mask[:, CULL] = live.any(1)
+        mask[:, CULL] = np.isin(self.stage, LIVE[1:]).any(1)
         return mask
 
     def alpha(self) -> np.ndarray:
         """[N, SLOTS] share of each module in the host's output."""
-        blended = 1 / (1 + np.exp(-8 * ((self.age + 1) / (BY_TIME[Stage.BLENDING][0] + 1) - 0.5)))
+        blended = 1 / (1 + np.exp(-8 * ((self.age + 1) / (BLENDING + 1) - 0.5)))
         whole = np.isin(self.stage, (Stage.HOLDING, Stage.FOSSILIZED))
         return np.where(whole, 1.0, np.where(self.stage == Stage.BLENDING, blended, 0.0))
 
-    def parameter_ratio(self, stages: tuple[Stage, ...] = (*LIVE, Stage.FOSSILIZED)) -> np.ndarray:
+    def parameter_ratio(self, stages: tuple[Stage, ...] = GROWN) -> np.ndarray:
         """[N] parameters of all modules in these stages / parameters of the host."""
-        host = self.direction[:, : self.module[0].start].sum(1).numpy()
-        held = np.isin(self.stage, stages)
-        modules = np.stack([(self.direction[:, part] != 0).sum(1).numpy() for part in self.module], 1)
-        return (modules * held).sum(1) / host
+        parts = slice(0, self.module[0].start), *self.module
+        host, *modules = ((self.direction[:, part] != 0).sum(1).numpy() for part in parts)
+        return (np.stack(modules, 1) * np.isin(self.stage, stages)).sum(1) / host
 
     # --- computation
-
     def rows(self, hosts: np.ndarray, alpha: np.ndarray, weights: Tensor) -> Rows:
         """The networks of `hosts` [R], with modules as far as alpha [R, SLOTS] says."""
         grown = []
@@ -459,15 +396,6 @@ class Morphogenesis(VectorEnv):
             grown.append((torch.from_numpy(members), counts.tolist()))
         dtype = weights.dtype
         return Rows(weights, torch.from_numpy(self.width[hosts]).to(dtype), torch.from_numpy(alpha).to(dtype), grown)
-
-    def steps(self) -> Tensor:
-        """[N, P] step sizes: negative in an unsound module, and smaller in it once it is not TRAINING any more."""
-        steps = torch.from_numpy(self.learning_rate).to(self.weights.dtype)[:, None] * self.direction
-        for slot, part in enumerate(self.module):
-            unsound = self.unsound[np.arange(self.num_envs), self.blueprint[:, slot]]
-            slow = unsound & (self.stage[:, slot] != Stage.TRAINING)
-            steps[torch.from_numpy(slow), part] *= UNSOUND_STEP
-        return steps
 
     @torch.enable_grad()
     def train_epoch(self) -> None:
@@ -481,54 +409,62 @@ class Morphogenesis(VectorEnv):
         for row, n in enumerate(shadows):
             seeds[row, self.module[int(np.argmax(training[n]))]] = True
         drawn = [
-            subset[rng.integers(len(subset), size=(MINIBATCHES, BATCH_SIZE))]
+            subset[rng.integers(len(subset), size=(self.setting.minibatches, BATCH_SIZE))]
             for subset, rng in zip(self.subset, self.batches, strict=True)
         ]
-        steps = self.steps()
+        steps = torch.from_numpy(self.learning_rate).to(self.weights.dtype)[:, None] * self.direction  # [N, P]
+        for slot, part in enumerate(self.module):
+            slow = self.unsound[every, self.blueprint[:, slot]] & ~training[:, slot]
+            steps[torch.from_numpy(slow), part] *= UNSOUND_STEP
         rows = self.rows(hosts, alpha, self.weights)
-        total, correct = 0, 0  # [N]
         for batch in torch.from_numpy(np.stack(drawn, 1)):  # [N, B]
             weights = self.weights.detach().requires_grad_()
             shadow_weights = torch.where(seeds, weights[shadows], weights.detach()[shadows])
             batch = batch[hosts]  # [R, B]
-            images, labels = self.images.train[0][batch], self.labels[hosts[:, None], batch]
+            images, labels = self.images[TRAIN][0][batch], self.labels[hosts[:, None], batch]
             rows = rows._replace(weights=torch.cat((weights, shadow_weights)))
             logits = forward(rows, images, self.contrast[0][hosts[:, None], batch], self.joins)
-            losses = cross_entropy(logits, labels)  # [R]
+            losses = cross_entropy(logits, labels).mean(1)  # [R]
             (gradient,) = torch.autograd.grad(losses.sum(), weights)
             self.momentum.mul_(MOMENTUM).add_(gradient)
             self.weights = self.weights - steps.repeat(2, 1) * self.momentum
-            total = total + losses.detach()[: self.num_envs]
-            correct = correct + (logits.argmax(-1) == labels).to(losses.dtype).mean(1)[: self.num_envs]
-        self.reading[:, 0], self.reading[:, 1] = total / MINIBATCHES, correct / MINIBATCHES
+        self.reading[:, 0] = losses.detach()[: self.num_envs]
+        self.reading[:, 1] = (logits.argmax(-1) == labels).to(losses.dtype).mean(1)[: self.num_envs]
 
     @torch.no_grad()
-    def classify(self, hosts: np.ndarray, alpha: np.ndarray, part: int, twins: bool = False) -> tuple[np.ndarray, ...]:
-        """On images of a part (1 validation, 2 test): loss [R], and which are classified correctly [R, n]."""
-        patches, labels = self.images[part]
-        rows = self.rows(hosts, alpha, self.weights[hosts + self.num_envs if twins else hosts])
-        logits = forward(rows, patches[None], self.contrast[part][hosts], self.joins)
-        return cross_entropy(logits, labels.expand(len(hosts), -1)).numpy(), (logits.argmax(-1) == labels).numpy()
+    def classify(self, hosts: np.ndarray, alpha: np.ndarray, part: int) -> tuple[np.ndarray, np.ndarray]:
+        """On the images of a part: losses [R, n], and which are classified correctly [R, n]; of a network that is no
+        longer finite, as many as by guessing. Twins are numbered behind the hosts."""
+        (patches, labels), own = self.images[part], hosts % self.num_envs
+        rows = self.rows(own, alpha, self.weights[hosts])
+        logits = forward(rows, patches[None], self.contrast[part][own], self.joins)
+        loss = cross_entropy(logits, labels.expand(len(hosts), -1)).numpy()
+        finite = np.isfinite(loss.mean(1, keepdims=True))
+        return loss, np.where(finite, (logits.argmax(-1) == labels).numpy(), 1 / CLASSES)
 
     def measure(self, hosts: np.ndarray) -> None:
-        """Loss and accuracy on the validation images, and what the live seed contributes: the loss without it minus the
-        loss with it; while it is TRAINING, as if it were blended in."""
-        alpha, blended = self.alpha(), np.isin(self.stage, (Stage.BLENDING, Stage.HOLDING))
-        training = self.stage == Stage.TRAINING
-        seeded = hosts[(blended | training)[hosts].any(1)]
+        """The worth of hosts, and readings on some validation images: loss, accuracy, and what the live seed
+        contributes: the loss without it minus the loss with it; while it is TRAINING, as if it were blended in."""
+        alpha, n = self.alpha()[hosts], len(hosts)
+        blended, training = np.isin(self.stage, LIVE[2:])[hosts], (self.stage == Stage.TRAINING)[hosts]
+        seeded = np.flatnonzero((blended | training).any(1))
         other = np.where(blended, 0.0, np.where(training, 1.0, alpha))[seeded]
-        loss, correct = self.classify(np.append(hosts, seeded), np.concatenate((alpha[hosts], other)), 1)
-        self.reading[hosts, 2], self.reading[hosts, 3] = loss[: len(hosts)], correct[: len(hosts)].mean(1)
-        self.contribution[hosts] = 0
-        gain = loss[len(hosts) :] - self.reading[seeded, 2]
-        self.contribution[seeded] = np.clip(np.where(blended[seeded].any(1), gain, -gain), -LN, LN)
+        every = np.concatenate((hosts, hosts + self.num_envs, hosts[seeded]))
+        loss, correct = self.classify(every, np.concatenate((alpha, 0 * alpha, other)), VALIDATION)
+        accuracy, twin = correct[: 2 * n].mean(1).reshape(2, n)
+        self.worth[hosts] = ACCURACY * (accuracy - twin) - PRICE * self.parameter_ratio()[hosts]
+        images = np.stack([self.readers[host].permutation(loss.shape[1])[:READING] for host in hosts])
+        images = np.concatenate((images, images, images[seeded]))
+        loss, correct = (np.take_along_axis(x, images, 1).mean(1) for x in (loss, correct))
+        self.reading[hosts, 2], self.reading[hosts, 3], self.contribution[hosts] = loss[:n], correct[:n], 0
+        gain = (loss[2 * n :] - loss[seeded]) * np.where(blended[seeded].any(1), 1, -1)
+        self.contribution[hosts[seeded]] = np.clip(np.nan_to_num(gain, nan=-LN), -LN, LN)
 
     # --- Gymnasium
-
     @torch.inference_mode(False)  # whatever the caller's mode is
     def reset(self, *, seed: int | list[int] | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         if seed is not None:
-            seeds = [seed + n for n in range(self.num_envs)] if isinstance(seed, int) else seed
+            seeds = [seed + n for n in range(self.num_envs)] if np.ndim(seed) == 0 else seed
             self.next_seed = [np.random.default_rng([s, 3]) for s in seeds]
         else:
             seeds = [int(rng.integers(HELD_OUT)) for rng in self.next_seed]
@@ -540,9 +476,8 @@ class Morphogenesis(VectorEnv):
         for n, seed, blueprints in zip(hosts, seeds, modules, strict=True):
             self.begin(n, seed, blueprints)
         self.measure(hosts)
-        self.reading[hosts, :2] = self.reading[hosts, 2:]
-        self.best_loss[hosts], self.best_accuracy[hosts] = self.reading[hosts, 2:].T
-        self.past[hosts] = self.history_values()[hosts, None]
+        self.reading[hosts, :2], self.worth[hosts], self.seen[hosts] = self.reading[hosts, 2:], 0, 0
+        self.seen[hosts, 0] = self.look()[hosts]
 
     @torch.inference_mode(False)
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
@@ -553,109 +488,62 @@ class Morphogenesis(VectorEnv):
             raise ValueError(f"environment {n}: {ACTIONS[actions[n]]} is not allowed with slots {stages}")
         for n in np.flatnonzero(actions):
             self.act(n, int(actions[n]))
-        before = self.reading.copy()
+        before = self.worth.copy()
         self.train_epoch()
-        self.pass_time()
+        for x in (self.epoch, self.age, self.seed_age):
+            x += 1
+        for stage, (epochs, following) in self.by_time().items():
+            due = (self.stage == stage) & (self.age >= epochs)
+            self.stage[due], self.age[due] = following, 0
         self.measure(np.arange(self.num_envs))
         diverged = ~np.isfinite(self.reading).all(1)
-        done = diverged | (self.epoch >= EPOCHS)
-        self.reading = np.nan_to_num(self.reading, nan=3 * LN, posinf=3 * LN)
-        self.contribution = np.nan_to_num(self.contribution, nan=-LN)
-        self.change = self.reading - before
-        self.plateau = np.where(self.reading[:, 2] < self.best_loss, 0, self.plateau + 1)
-        self.best_loss = np.minimum(self.best_loss, self.reading[:, 2])
-        self.best_accuracy = np.maximum(self.best_accuracy, self.reading[:, 3])
-        if self.history:
-            self.past = np.concatenate((self.past[:, 1:], self.history_values()[:, None]), 1)
-        reward = self.reward(np.asarray(actions), done)
-        infos = {}
+        self.reading[~np.isfinite(self.reading)] = 3 * LN
+        self.seen = np.concatenate((self.look()[:, None], self.seen[:, :-1]), 1)
+        done, reward, infos = diverged | (self.epoch >= self.setting.epochs), self.worth - before, {}
         if done.any():
             ended = np.flatnonzero(done)
-            infos = {"final_obs": self.observe(), "_final_obs": done, "final_info": self.final_info(ended, diverged)}
-            gain = infos["final_info"]["validation_accuracy"] - infos["final_info"]["bare_validation_accuracy"]
-            reward[ended] += ACCURACY * gain[ended]
+            infos = {"final_obs": self.observe(), "_final_obs": done, "final_info": self.final_info(diverged)}
             self.start(ended, [int(self.next_seed[n].integers(HELD_OUT)) for n in ended], [(-1,) * SLOTS] * len(ended))
         return self.observe(), reward, done, np.zeros(self.num_envs, bool), infos | self.infos()
 
     def infos(self) -> dict[str, np.ndarray]:
-        return {"action_mask": self.action_masks(), "stage": self.stage.copy()}
+        return {"action_mask": self.action_masks(), "_action_mask": np.ones(self.num_envs, bool)}
 
-    def pass_time(self) -> None:
-        self.epoch += 1
-        self.age += 1
-        self.seed_age += 1
-        for stage, (epochs, following) in BY_TIME.items():
-            due = (self.stage == stage) & (self.age >= epochs)
-            self.stage[due], self.age[due] = following, 0
-
-    def reward(self, actions: np.ndarray, done: np.ndarray) -> np.ndarray:
-        """All of it but the final accuracy [N]."""
-        blended = np.isin(self.stage, (Stage.BLENDING, Stage.HOLDING)).any(1)
-        level = np.where(blended & ~done, self.contribution, 0.0)
-        paid = np.where(actions == FOSSILIZE, 0.0, self.paid)  # what is permanent was earned
-        potential = np.where(done, 0.0, POTENTIAL * SHARE[self.stage].sum(1))
-        shaping = self.gamma * potential - self.potential
-        self.paid, self.potential = level, potential
-        cost = RENT * self.parameter_ratio() + INTERVENTION * (actions != WAIT)
-        return CONTRIBUTION * (level - paid) - cost + shaping
-
-    def final_info(self, ended: np.ndarray, diverged: np.ndarray) -> dict[str, np.ndarray]:
-        """Of the hosts that ended, without what is not permanent; zeros for the others."""
-        alpha = np.where(self.stage == Stage.FOSSILIZED, 1.0, 0.0)
-        info = {}
-        for part, name in ((1, "validation"), (2, "test")):
-            loss, correct = np.zeros(self.num_envs), np.zeros((self.num_envs, len(self.images[part][1])))
-            loss[ended], correct[ended] = self.classify(ended, alpha[ended], part)
-            loss[diverged], correct[diverged] = 3 * LN, 1 / CLASSES
-            bare = np.zeros(self.num_envs)
-            bare_loss, bare_correct = self.classify(ended, 0 * alpha[ended], part, twins=True)
-            bare[ended] = np.where(np.isfinite(bare_loss), bare_correct.mean(1), 1 / CLASSES)
-            info |= {
-                f"{name}_loss": loss,
-                f"bare_{name}_accuracy": bare,
-                f"{name}_correct": correct,
-                f"{name}_accuracy": correct.mean(1),
-            }
-        fossilized = self.stage == Stage.FOSSILIZED
-        return info | {
-            "modules": np.where(fossilized, self.blueprint, -1),
-            "fossilized": fossilized.sum(1),
-            "germinations": self.germinations.copy(),
-            "culled": self.culls.copy(),
-            "diverged": diverged,
-            "parameter_ratio": self.parameter_ratio((Stage.FOSSILIZED,)),
-        }
-
-    def history_values(self) -> np.ndarray:
-        """[N, 4] of HISTORY, as in the observation."""
-        loss, accuracy = self.reading[:, 0::2] / LN, self.reading[:, 3]
-        return np.clip(np.stack((*loss.T, accuracy, self.contribution / LN), 1), [0, 0, 0, -1], [3, 3, 1, 1])
+    def final_info(self, diverged: np.ndarray) -> dict:
+        """Of the hosts as they stand, and of their twins ("bare")."""
+        info = {"episode": {"r": self.worth.copy(), "l": self.epoch.copy()}, "diverged": diverged}
+        alpha, every = np.concatenate((self.alpha(), 0 * self.alpha())), np.arange(2 * self.num_envs)
+        for part, name in ((VALIDATION, "validation"), (TEST, "test")):
+            losses, correct = self.classify(every, alpha, part)
+            loss = np.nan_to_num(losses.mean(1), nan=3 * LN, posinf=3 * LN)
+            for kind, rows in ((name, slice(self.num_envs)), (f"bare_{name}", slice(self.num_envs, None))):
+                info[f"{kind}_accuracy"], info[f"{kind}_loss"] = correct[rows].mean(1), loss[rows]
+                info[f"{kind}_correct"] = correct[rows]  # [N, images]
+        info |= {"germinations": self.germinations.copy(), "culled": self.culls.copy()}
+        info |= {"fossilized": (self.stage == Stage.FOSSILIZED).sum(1), "parameter_ratio": self.parameter_ratio()}
+        return info | {"modules": np.where(self.alpha() > 0, self.blueprint, -1)}
 
     def observe(self) -> np.ndarray:
-        """[N, D]: OBSERVATION, then the history, oldest first."""
+        return self.seen.reshape(self.num_envs, -1).copy()
+
+    def look(self) -> np.ndarray:
+        """OBSERVATION of each host now [N, D]."""
         live = np.isin(self.stage, LIVE)
-        scale = np.array([LN, 1, LN, 1])
         stage = np.where(live, self.stage, 0).max(1)  # of the live seed, 0 if there is none
         has, blueprint = live.any(1), np.where(live, self.blueprint, 0).max(1)
         columns = [
-            self.epoch / EPOCHS,
-            *(self.reading / scale).T,
-            *(self.change / scale).T,
-            self.plateau / EPOCHS,
-            self.best_accuracy,
-            *(stage == i for i in (0, *LIVE[1:])),
+            self.epoch / self.setting.epochs * self.setting.clock,
+            *(self.reading / [LN, 1, LN, 1]).T,
+            *(stage == i for i in (0, *LIVE)),
             *(has & (blueprint == i) for i in range(len(BLUEPRINTS))),
-            np.where(has, self.seed_age / EPOCHS, 0),
+            np.where(has, self.seed_age / self.setting.epochs, 0),
             np.where(live, self.alpha(), 0).max(1),
-            np.where(has, self.loss_at_germination - self.reading[:, 2], 0) / LN,
             self.contribution / LN,
             (self.stage == Stage.DORMANT).mean(1),
             (self.stage == Stage.FOSSILIZED).mean(1),
-            self.parameter_ratio(),
+            self.parameter_ratio((*LIVE, Stage.FOSSILIZED)),
         ]
-        obs = np.concatenate((np.stack(columns, 1), self.past.reshape(self.num_envs, -1)), 1)
-        space = self.single_observation_space
-        return np.clip(obs, space.low, space.high, dtype=np.float32)
+        return np.clip(np.stack(columns, 1), *np.array([*OBSERVATION.values()]).T, dtype=np.float32)
 
 
 gym.register("Morphogenesis-v0", vector_entry_point=Morphogenesis)

@@ -9,10 +9,26 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import tiny_hosts
+from toys import BOTH_SETTINGS, tiny_hosts
 
 from environments import hosts
-from environments.hosts import ACTIONS, BLUEPRINTS, CULL, FOSSILIZE, GERMINATE, OBSERVATION, WAIT, Morphogenesis, Stage
+from environments.hosts import (
+    ACTIONS,
+    BLUEPRINTS,
+    CULL,
+    FOSSILIZE,
+    GERMINATE,
+    OBSERVATION,
+    SETTINGS,
+    TRAIN,
+    VALIDATION,
+    WAIT,
+    Morphogenesis,
+    Stage,
+)
+
+BOTH = pytest.mark.parametrize("setting", SETTINGS)
+BOTH_IN_TIME = pytest.mark.parametrize("setting", BOTH_SETTINGS)
 
 
 @pytest.fixture
@@ -53,6 +69,7 @@ class SlowModule:
         self.weights = unpad(env.weights[n, env.module[slot]], *shapes)
         self.momentum = {name: torch.zeros_like(x) for name, x in self.weights.items()}
         self.unsound = bool(env.unsound[n, env.blueprint[n, slot]])
+        self.sprout = int(env.sprout[n])
 
     def __call__(self, x, detach):
         w = {name: weight.detach() if detach else weight for name, weight in self.weights.items()}
@@ -87,15 +104,16 @@ class SlowHost:
         pixels, labels = pixels[order].reshape(-1, 1, 8, 8), labels[order]
         pixels = torch.tensor((pixels - pixels[:897].mean()) / pixels[:897].std()).to(torch.get_default_dtype())
         self.train = pixels[:897], env.labels[n].clone(), env.contrast[0][n].clone()
-        last = 897 + len(env.images.validation[1])
+        last = 897 + len(env.images[VALIDATION][1])
         self.validation = pixels[897:last], torch.tensor(labels[897:last]), env.contrast[1][n].clone()
         self.subset, self.learning_rate = env.subset[n], float(env.learning_rate[n])
-        self.draws = np.random.default_rng([int(env.seeds[n]), 1])
+        self.draws, self.readings = (np.random.default_rng([int(env.seeds[n]), i]) for i in (1, 4))
+        self.setting = env.setting
         shapes = [hosts.shapes_of(width, 9) for width in (int(env.width[n]), hosts.WIDTH)]
         self.weights = unpad(env.weights[n], *shapes)
         self.momentum = {name: torch.zeros_like(x) for name, x in self.weights.items()}
         self.modules, self.stage, self.age, self.env, self.n = [None, None], ["DORMANT"] * 2, [0, 0], env, n
-        self.seed_age, self.history = 0, [2 * self.classify()]
+        self.seed_age, self.epochs, self.now = 0, 0, 2 * self.read()
 
     def alphas(self):
         blend = [1 / (1 + math.exp(-8 * ((age + 1) / 6 - 0.5))) for age in self.age]
@@ -126,26 +144,24 @@ class SlowHost:
         if name.startswith("GERMINATE"):
             i = self.stage.index("DORMANT")
             self.stage[i], self.age[i], self.modules[i] = "GERMINATED", 0, "new"
-            self.seed_age, self.loss_at_germination = 0, self.history[-1][2]
+            self.seed_age = 0
         elif name != "WAIT":
             i, self.stage[live[0]] = live[0], {"CULL": "CULLED", "FOSSILIZE": "FOSSILIZED"}[name]
             self.age[i] = 0
 
     def epoch(self):
-        losses, accuracies = [], []
-        for index in self.draws.integers(len(self.subset), size=(hosts.MINIBATCHES, hosts.BATCH_SIZE)):
+        for index in self.draws.integers(len(self.subset), size=(self.setting.minibatches, hosts.BATCH_SIZE)):
             images, labels, contrast = (x[self.subset[index]] for x in self.train)
             logits = self.forward(images, contrast, self.alphas())
             F.cross_entropy(logits, labels).backward()
-            losses.append(F.cross_entropy(logits, labels).item())
-            accuracies.append((logits.argmax(1) == labels).double().mean().item())
+            last = F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).double().mean().item()
             if "TRAINING" in self.stage:
                 slot = self.stage.index("TRAINING")
                 F.cross_entropy(self.forward(images, contrast, self.alphas(), slot), labels).backward()
             for part in (self, *filter(None, self.modules)):
-                speed = 1.0
+                speed = 1.0 if part is self else self.setting.pace
                 if part is not self and part.unsound:
-                    speed = -1.0 if self.stage[self.modules.index(part)] == "TRAINING" else -0.25
+                    speed *= -1.0 if self.stage[self.modules.index(part)] == "TRAINING" else -0.25
                 for name, weight in part.weights.items():
                     if weight.grad is None:
                         continue
@@ -155,65 +171,72 @@ class SlowHost:
         for i, stage in enumerate(self.stage):
             self.age[i] += 1
             epochs, following = {
-                "GERMINATED": (1, "TRAINING"),
-                "TRAINING": (3, "BLENDING"),
+                "GERMINATED": (getattr(self.modules[i], "sprout", 0), "TRAINING"),
+                "TRAINING": (self.setting.training, "BLENDING"),
                 "BLENDING": (5, "HOLDING"),
-                "CULLED": (1, "EMBARGOED"),
-                "EMBARGOED": (3, "DORMANT"),
+                "CULLED": (1, "EMBARGOED" if self.setting.embargo else "DORMANT"),
+                "EMBARGOED": (self.setting.embargo, "DORMANT"),
             }.get(stage, (99, None))
             if self.age[i] >= epochs:
                 self.stage[i], self.age[i] = following, 0
-        self.seed_age += 1
-        self.history.append((np.mean(losses), np.mean(accuracies), *self.classify()))
+        self.seed_age, self.epochs = self.seed_age + 1, self.epochs + 1
+        self.now = *last, *self.read()
 
     @torch.no_grad()
-    def loss(self, alphas):
-        images, labels, contrast = self.validation
-        return F.cross_entropy(self.forward(images, contrast, alphas), labels).item()
+    def loss(self, alphas, images=slice(None)):
+        pixels, labels, contrast = (x[images] for x in self.validation)
+        return F.cross_entropy(self.forward(pixels, contrast, alphas), labels).item()
 
     @torch.no_grad()
-    def classify(self):
-        """Loss and accuracy on the validation images."""
-        images, labels, contrast = self.validation
-        right = self.forward(images, contrast, self.alphas()).argmax(1) == labels
-        return self.loss(self.alphas()), right.double().mean().item()
+    def read(self):
+        """Loss and accuracy on some of the validation images."""
+        self.images = self.readings.permutation(len(self.validation[1]))[:32]
+        pixels, labels, contrast = (x[self.images] for x in self.validation)
+        right = self.forward(pixels, contrast, self.alphas()).argmax(1) == labels
+        return self.loss(self.alphas(), self.images), right.double().mean().item()
+
+    @torch.no_grad()
+    def accuracy(self, alphas):
+        pixels, labels, contrast = self.validation
+        return (self.forward(pixels, contrast, alphas).argmax(1) == labels).double().mean().item()
 
     def observation(self):
-        """Each entry by its name, from the history of (train loss, accuracy, validation loss, accuracy)."""
-        now, before = np.array(self.history[-1]), np.array(self.history[-2])
-        losses, live = [entry[2] for entry in self.history], ("TRAINING", "BLENDING", "HOLDING")
+        """Each entry by its name."""
+        live = ("GERMINATED", "TRAINING", "BLENDING", "HOLDING")
         seeds = [i for i, stage in enumerate(self.stage) if stage in live]
         stage, module = (self.stage[seeds[0]], self.modules[seeds[0]]) if seeds else ("no_seed", None)
         held = [self.modules[i] for i, stage in enumerate(self.stage) if stage in (*live, "FOSSILIZED")]
-        sizes = [sum(x.numel() for x in part.weights.values()) for part in (self, *held)]
         names = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
-        scale = np.array([hosts.LN, 1, hosts.LN, 1])
         return {
-            "epoch": (len(self.history) - 1) / 25,
-            **dict(zip(names, now / scale, strict=True)),
-            **dict(zip((f"{name}_change" for name in names), (now - before) / scale, strict=True)),
-            "plateau": (len(losses) - 1 - int(np.argmin(losses))) / 25,
-            "best_accuracy": max(entry[3] for entry in self.history),
+            "epoch": self.epochs / 25 if self.setting.clock else 0,
+            **dict(zip(names, np.array(self.now) / [hosts.LN, 1, hosts.LN, 1], strict=True)),
             **{name: float(stage == name.upper() or stage == name) for name in ("no_seed", *map(str.lower, live))},
             **{name: float(module is not None and module.name == name) for name in BLUEPRINTS},
-            "seed_age": self.seed_age / 25 if seeds else 0,
+            "seed_age": self.seed_age / self.setting.epochs if seeds else 0,
             "alpha": self.alphas()[seeds[0]] if seeds else 0,
-            "improvement": (self.loss_at_germination - now[2]) / hosts.LN if seeds else 0,
             "contribution": self.contribution() / hosts.LN,
             "free_slots": self.stage.count("DORMANT") / 2,
             "fossilized_slots": self.stage.count("FOSSILIZED") / 2,
-            "parameter_ratio": sum(sizes[1:]) / sizes[0],
+            "parameter_ratio": self.ratio(held),
         }
+
+    def ratio(self, modules):
+        own, *others = (sum(x.numel() for x in part.weights.values()) for part in (self, *modules))
+        return sum(others) / own
+
+    def worth(self, twin):
+        grown = [self.modules[i] for i, alpha in enumerate(self.alphas()) if alpha]
+        return 10 * (self.accuracy(self.alphas()) - twin.accuracy([0, 0])) - 0.2 * self.ratio(grown)
 
     def contribution(self):
         alphas, other = self.alphas(), self.alphas()
         for i, stage in enumerate(self.stage):
             if stage in ("BLENDING", "HOLDING"):
                 other[i] = 0.0
-                return self.loss(other) - self.loss(alphas)
+                return self.loss(other, self.images) - self.loss(alphas, self.images)
             if stage == "TRAINING":
                 other[i] = 1.0
-                return self.loss(alphas) - self.loss(other)
+                return self.loss(alphas, self.images) - self.loss(other, self.images)
         return 0.0
 
 
@@ -227,15 +250,16 @@ def assert_same_weights(env, n, slow, atol):
                 torch.testing.assert_close(x, module.weights[name], atol=atol, rtol=0)
 
 
-def test_hosts_train_as_plain_torch_does(float64, few):
-    """25 epochs of mixed widths, subsets, stages and blueprints; weights, losses, contributions, observations."""
-    env, rng = Morphogenesis(8), np.random.default_rng(1)
+@BOTH_IN_TIME
+def test_hosts_train_as_plain_torch_does(float64, few, setting):
+    """Mixed widths, subsets, stages and blueprints; weights, readings, contributions, observations and rewards."""
+    env, rng = Morphogenesis(8, setting), np.random.default_rng(1)
     _, infos = env.reset(seed=5)
-    slow = [SlowHost(env, n) for n in range(8)]
-    seen = set()
-    for _ in range(24):
+    slow, twins = [SlowHost(env, n) for n in range(8)], [SlowHost(env, n) for n in range(8)]
+    seen, worth = set(), np.zeros(8)
+    for _ in range(24 if setting == "plain" else 50):
         actions = random_actions(infos["action_mask"], rng, waiting=0.6)
-        actions = np.where((actions == CULL) & (rng.random(8) < 0.7), WAIT, actions)
+        actions = np.where((actions == CULL) & (rng.random(8) < (0.7 if setting == "plain" else 0.9)), WAIT, actions)
         before = copy.deepcopy(env)
         for n, action in enumerate(actions):
             slow[n].act(action)
@@ -244,16 +268,17 @@ def test_hosts_train_as_plain_torch_does(float64, few):
                 slot = slow[n].modules.index("new")
                 slow[n].modules[slot] = SlowModule(before, n, slot)
                 seen.add((slow[n].modules[slot].name, slow[n].modules[slot].unsound))
-            slow[n].epoch()
-        obs, _, _, _, infos = env.step(actions)
+            slow[n].epoch(), twins[n].epoch()
+        obs, reward, _, _, infos = env.step(actions)
         for n in range(8):
-            seen_by_hand = slow[n].observation()
-            expected = [np.clip(seen_by_hand[name], *OBSERVATION[name]) for name in OBSERVATION]
+            by_hand = slow[n].observation()
+            expected = [np.clip(by_hand[name], *OBSERVATION[name]) for name in OBSERVATION]
             np.testing.assert_allclose(obs[n], expected, atol=1e-6)
-            assert [stage.name for stage in map(Stage, infos["stage"][n])] == slow[n].stage
+            assert [stage.name for stage in map(Stage, env.stage[n])] == slow[n].stage
             assert_same_weights(env, n, slow[n], 1e-9)
-            assert env.reading[n, 2] == pytest.approx(slow[n].loss(slow[n].alphas()), abs=1e-9)
             assert env.contribution[n] == pytest.approx(np.clip(slow[n].contribution(), -hosts.LN, hosts.LN), abs=1e-9)
+            assert reward[n] == pytest.approx(slow[n].worth(twins[n]) - worth[n], abs=1e-9)
+            worth[n] = slow[n].worth(twins[n])
     assert len(set(env.width)) == 3 and len({name for name, _ in seen}) == 5
     assert {unsound for _, unsound in seen} == {False, True}
 
@@ -288,7 +313,7 @@ def test_a_host_among_others_is_the_host_alone(float64, few):
 
 def test_a_host_among_others_in_float32(monkeypatch):
     """Five minibatches in every stage; after that, ties in ReLU amplify the rounding."""
-    monkeypatch.setattr(hosts, "MINIBATCHES", 5)
+    monkeypatch.setitem(SETTINGS, "plain", SETTINGS["plain"]._replace(minibatches=5))
     seeds, stages = [3, 14, 15, 92, 65, 35], [0, 1, 2, 3, 4, 5]
 
     def one_epoch(seeds, stages):
@@ -368,34 +393,48 @@ EDGES = {
 
 def test_the_table_of_transitions_is_the_lifecycle():
     by_action = {(old.name, new.name) for (old, _), new in hosts.BY_ACTION.items()}
-    by_time = {(old.name, new.name) for old, (_, new) in hosts.BY_TIME.items()}
+    by_time = {(old.name, new.name) for old, (_, new) in Morphogenesis(1).by_time().items()}
     assert by_action | by_time == EDGES and not by_action & by_time
 
 
 AN_EPOCH = {  # every way in which an action and the epoch behind it change a slot
-    "germinate": {("DORMANT", "TRAINING")},
-    "fossilize": {("HOLDING", "FOSSILIZED")},
-    "cull": {(stage, "EMBARGOED") for stage in ("TRAINING", "BLENDING", "HOLDING")},
-    "time": {("TRAINING", "BLENDING"), ("BLENDING", "HOLDING"), ("EMBARGOED", "DORMANT")},
+    "plain": {
+        "germinate": {("DORMANT", "TRAINING")},
+        "fossilize": {("HOLDING", "FOSSILIZED")},
+        "cull": {(stage, "EMBARGOED") for stage in ("TRAINING", "BLENDING", "HOLDING")},
+        "time": {("TRAINING", "BLENDING"), ("BLENDING", "HOLDING"), ("EMBARGOED", "DORMANT")},
+    },
+    "memory": {
+        "germinate": {("DORMANT", "TRAINING"), ("DORMANT", "GERMINATED")},
+        "fossilize": {("HOLDING", "FOSSILIZED")},
+        "cull": {(stage, "DORMANT") for stage in ("TRAINING", "BLENDING", "HOLDING")},
+        "time": {("GERMINATED", "TRAINING"), ("TRAINING", "BLENDING"), ("BLENDING", "HOLDING")},
+    },
 }
 
 
 def allowed_by_hand(stages):
     live = [stage for stage in stages if stage in ("GERMINATED", "TRAINING", "BLENDING", "HOLDING")]
     grow = not live and "DORMANT" in stages
-    return [True, *[grow] * 5, live == ["HOLDING"], bool(live)]
+    return [True, *[grow] * 5, live == ["HOLDING"], bool(live) and live != ["GERMINATED"]]
 
 
+@BOTH_IN_TIME
 @settings(max_examples=3, deadline=None)
-@given(st.integers(0, 2**20))
-def test_random_lives_follow_the_rules(seed):
-    rng, patch = np.random.default_rng(seed), pytest.MonkeyPatch()
-    tiny_hosts(patch, minibatches=1)
-    env = Morphogenesis(32)
+@given(seed=st.integers(0, 2**20))
+def test_random_lives_follow_the_rules(setting, seed):
+    rng = np.random.default_rng(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_hosts(patch, minibatches=1)
+        random_lives(setting, rng, int(rng.integers(2**20)))
+
+
+def random_lives(setting, rng, seed):
+    env, edges = Morphogenesis(32, setting), AN_EPOCH[setting]
     obs, infos = env.reset(seed=seed)
     names, order, walked = np.array([stage.name for stage in Stage]), list(OBSERVATION), set()
     for _ in range(51):
-        stages = names[infos["stage"]]
+        stages = names[env.stage]
         for n in range(32):
             assert infos["action_mask"][n].tolist() == allowed_by_hand(stages[n].tolist())
             assert sum(stage in ("GERMINATED", "TRAINING", "BLENDING", "HOLDING") for stage in stages[n]) <= 1
@@ -403,26 +442,27 @@ def test_random_lives_follow_the_rules(seed):
         np.testing.assert_allclose(obs[:, order.index("free_slots")], (stages == "DORMANT").mean(1))
         np.testing.assert_allclose(obs[:, order.index("holding")], (stages == "HOLDING").any(1))
         actions = random_actions(infos["action_mask"], rng, waiting=0.8)
+        actions = np.where((actions == CULL) & (rng.random(32) < 0.7), WAIT, actions)
         obs, _, done, _, infos = env.step(actions)
         for n in np.flatnonzero(~done):
             kind = {WAIT: "time", FOSSILIZE: "fossilize", CULL: "cull"}.get(actions[n], "germinate")
-            changes = [pair for pair in zip(stages[n], names[infos["stage"][n]], strict=True) if pair[0] != pair[1]]
-            assert set(changes) <= AN_EPOCH[kind] | AN_EPOCH["time"]
-            assert (kind == "time") or len(AN_EPOCH[kind].intersection(changes)) == 1
+            changes = [pair for pair in zip(stages[n], names[env.stage[n]], strict=True) if pair[0] != pair[1]]
+            assert set(changes) <= edges[kind] | edges["time"]
+            assert (kind == "time") or len(edges[kind].intersection(changes)) == 1
             walked.update(changes)
-    assert walked == set.union(*AN_EPOCH.values())
-    patch.undo()
+    assert walked == set.union(*edges.values())
 
 
 def test_a_host_behind_another_is_a_fresh_one(few):
     """Nothing is left of the episode before: the second episode of a row is the first of another environment."""
     env, rng = Morphogenesis(3, history=2), np.random.default_rng(0)
-    _, infos = env.reset(seed=4)
+    obs, infos = env.reset(seed=4)
     for _ in range(25):
-        before = env.past[:, -1].copy()
+        before = obs
         obs, _, _, _, infos = env.step(random_actions(infos["action_mask"], rng, waiting=0.7))
     assert (infos["final_obs"][:, 0] == 1).all() and (obs[:, 0] == 0).all()
-    np.testing.assert_allclose(infos["final_obs"][:, -8:-4], before, rtol=1e-5)  # its history: the last two epochs
+    size = len(OBSERVATION)
+    np.testing.assert_array_equal(infos["final_obs"][:, size:], before[:, : 2 * size])  # its history
     fresh = Morphogenesis(3, history=2)
     fresh_obs, fresh_infos = fresh.reset(seed=env.seeds.tolist())
     np.testing.assert_array_equal(obs, fresh_obs)
@@ -459,7 +499,7 @@ def test_parameter_ratio_by_hand(few):
     for n, w in enumerate(env.width):
         host = 9 * w + w + 9 * w * w + w + 40 * w + 10
         module = [2 * w, 4 * w, 2 * w + 9 * w + w * w, 2 * w + 9 * w * w, 2 * (2 * w + 9 * w * w)][n % 5]
-        assert env.parameter_ratio()[n] == pytest.approx(module / host)
+        assert env.look()[n, -1] == pytest.approx(module / host) and not env.parameter_ratio().any()
 
 
 def test_illegal_actions_name_the_environment(few):
@@ -479,68 +519,43 @@ def test_illegal_actions_name_the_environment(few):
         env.step(np.array([CULL, WAIT]))
 
 
+@BOTH_IN_TIME
 @pytest.mark.parametrize("diverge", [False, True])
-def test_shaping_telescopes(few, monkeypatch, diverge):
-    for name in ("ACCURACY", "CONTRIBUTION", "RENT", "INTERVENTION"):
-        monkeypatch.setattr(hosts, name, 0.0)
-    env, rng = Morphogenesis(6, gamma=0.9), np.random.default_rng(0)
+def test_the_return_is_the_worth_of_the_final_host(few, setting, diverge):
+    env, rng = Morphogenesis(6, setting), np.random.default_rng(0)
     modules = [(-1, -1), (0, -1), (3, 2), (-1, -1), (4, -1), (-1, -1)]
     _, infos = env.reset(seed=3, options={"modules": modules})
-    first, total, running = env.potential.copy(), np.zeros(6), np.ones(6, bool)
-    assert first.tolist() == [0.05 * sum(blueprint >= 0 for blueprint in slots) for slots in modules]
-    for t in range(25):
+    total, final = np.zeros(6), [None] * 6
+    for t in range(env.setting.epochs):
         if diverge and t == 9:
             env.weights[:3] = torch.nan
         _, reward, done, _, infos = env.step(random_actions(infos["action_mask"], rng, waiting=0.8))
-        total += 0.9**t * reward * running
-        running &= ~done
-        assert running[:3].any() == (not diverge or t < 9) or t == 24
-    np.testing.assert_allclose(total, -first, atol=1e-12)
+        total += [0 if final[n] else reward[n] for n in range(6)]
+        for n in np.flatnonzero(done):
+            final[n] = final[n] or {name: x[n] for name, x in infos["final_info"].items() if name != "episode"}
+    for n in range(6):
+        gain = final[n]["validation_accuracy"] - final[n]["bare_validation_accuracy"]
+        assert total[n] == pytest.approx(10 * gain - 0.2 * final[n]["parameter_ratio"], abs=1e-9)
+        assert final[n]["diverged"] == (diverge and n < 3)
 
 
-def test_reward_by_hand(few, monkeypatch):
-    """Contribution is paid as it changes, kept by fossilising, taken back by culling and at the end."""
-    monkeypatch.setattr(hosts, "POTENTIAL", 0.0)
-    env = Morphogenesis(3)
-    env.reset(seed=8)
-    plan = np.zeros((25, 3), int)
-    plan[0], plan[9, 0], plan[11, 1] = [GERMINATE + 3] * 3, FOSSILIZE, CULL
-    paid = ratio = np.zeros(3)
-    for t, actions in enumerate(plan):
-        level_before = env.paid.copy()
-        _, reward, done, _, infos = env.step(actions)
-        level = np.where(np.isin(infos["stage"][:, 0], (Stage.BLENDING, Stage.HOLDING)), env.contribution, 0.0)
-        final = np.zeros(3)
-        if done.all():
-            level[:] = 0
-            final = infos["final_info"]["validation_accuracy"] - infos["final_info"]["bare_validation_accuracy"]
-        change = level - np.where(actions == FOSSILIZE, 0, level_before)
-        paid = paid + change
-        ratio = ratio if done.all() else env.parameter_ratio()  # the last step changes nothing
-        expected = 10 * final + 0.3 * change - 0.003 * ratio - 0.01 * (actions != WAIT)
-        np.testing.assert_allclose(reward, expected, atol=1e-12)
-        if t == 9:
-            earned = level_before[0]
-    np.testing.assert_allclose(paid, [earned, 0, 0], atol=1e-12)
-    np.testing.assert_allclose(infos["final_info"]["parameter_ratio"], [ratio[0], 0, 0])
-
-
-def test_what_is_not_permanent_is_lost_at_the_end(few):
-    env = Morphogenesis(2)
-    env.reset(seed=[8, 8])
-    twin = Morphogenesis(2)
-    twin.reset(seed=[8, 8])
-    for t in range(25):
-        last = copy.deepcopy(env)
-        # both grow and hold; the second makes its module permanent
-        _, _, _, _, infos = env.step(
-            np.array([[GERMINATE + 4, GERMINATE + 4], [WAIT, FOSSILIZE]][t > 0] if t in (0, 9) else [WAIT, WAIT])
-        )
+def test_equal_hosts_are_paid_the_same_whatever_was_pressed_and_when(few):
+    """Making a module permanent early, late or never; and growing one that is culled while it learns in isolation."""
+    env, plan = Morphogenesis(4), np.zeros((25, 4), int)
+    plan[0, :3], plan[9, 0], plan[24, 1] = GERMINATE + 4, FOSSILIZE, FOSSILIZE
+    env.reset(seed=[8, 8, 8, 8])
+    total = sum(env.step(actions)[1] for actions in plan[:-1])
+    last = copy.deepcopy(env)
+    total += (step := env.step(plan[-1]))[1]
+    info = step[-1]["final_info"]
     last.train_epoch()
-    for n, alpha in enumerate([[0, 0], [1, 0]]):
-        _, correct = last.classify(np.array([n]), np.array([alpha], float), 2)
-        np.testing.assert_array_equal(infos["final_info"]["test_correct"][n], correct[0])
-    assert infos["final_info"]["modules"].tolist() == [[-1, -1], [4, -1]]
+    assert torch.equal(last.weights[0], last.weights[1]) and torch.equal(last.weights[0], last.weights[2])
+    assert total[0] == total[1] == total[2] and info["fossilized"].tolist() == [1, 1, 0, 0] and total[3] == 0
+    assert info["modules"].tolist() == [[4, -1]] * 3 + [[-1, -1]]
+    env, plan = Morphogenesis(2), np.zeros((25, 2), int)
+    plan[3, 0], plan[5, 0] = GERMINATE + 1, CULL
+    env.reset(seed=[9, 9])
+    assert sum(env.step(actions)[1] for actions in plan).tolist() == [0, 0]
 
 
 def test_a_seed_determines_everything_but_the_actions(few):
@@ -553,22 +568,50 @@ def test_a_seed_determines_everything_but_the_actions(few):
         assert env.width[n] == other.width[0] and (env.unsound[n] == other.unsound[0]).all()
 
 
-def test_history_repeats_the_last_values(few):
-    env = Morphogenesis(2, history=5)
+def test_history_repeats_the_last_observations(few):
+    env, size = Morphogenesis(2, history=5), len(OBSERVATION)
     obs, _ = env.reset(seed=1)
-    order, seen = list(OBSERVATION), [obs]
-    assert obs.shape == (2, len(OBSERVATION) + 20)
+    seen = [np.zeros((2, size))] * 5 + [obs[:, :size]]
     for t in range(7):
+        np.testing.assert_array_equal(obs, np.concatenate(seen[:-7:-1], 1))
         obs, *_ = env.step(np.full(2, GERMINATE if t == 0 else WAIT))
-        seen.append(obs)
-    columns = [order.index(name) for name in hosts.HISTORY]
-    expected = np.concatenate([past[:, columns] for past in seen[-5:]], 1)
-    np.testing.assert_array_equal(obs[:, len(OBSERVATION) :], expected)
+        seen.append(obs[:, :size])
+
+
+@BOTH
+def test_what_an_episode_draws(few, setting):
+    """Shares and ranges over 300 hosts, and first weights."""
+    env = Morphogenesis(300, setting)
+    env.reset(seed=0)
+    rates, sizes = env.learning_rate, np.array([len(subset) for subset in env.subset])
+    assert set(np.bincount(env.width)[2:] > 70) == {True} and 0.005 <= rates.min() < 0.006 < 0.018 < rates.max() <= 0.02
+    assert np.median(rates) == pytest.approx(0.01, rel=0.15)  # log-uniform
+    assert 200 <= sizes.min() < 230 and 800 < sizes.max() <= 897
+    assert all(len(set(subset)) == len(subset) for subset in env.subset)
+    assert env.unsound.mean() == pytest.approx(env.setting.unsound, abs=0.05)
+    wrong = (env.labels != env.images[TRAIN][1]).float().mean(1).numpy()
+    assert (wrong == 0).mean() == pytest.approx(0.5, abs=0.1)
+    np.testing.assert_allclose(wrong, 0.9 * env.label_noise, atol=0.06)  # a tenth of the random labels is right
+    varied = env.contrast[0].log().std(1).numpy()
+    assert (varied == 0).mean() == pytest.approx(0.5, abs=0.1) and varied.max() == pytest.approx(1.2, rel=0.1)
+    env.step(np.full(300, GERMINATE + 4))
+    assert set(env.sprout) == set(range(1, env.setting.sprout + 1))
+    fresh = Morphogenesis(300, setting)
+    fresh.reset(seed=0)
+    for width in (2, 3, 4):
+        rows = fresh.weights[:300][env.width == width]
+        parts = hosts.unpack(rows, hosts.shapes_of(hosts.WIDTH, 9))
+        own = hosts.shapes_of(width, 9)
+        for weight, (name, shape), fan_in in zip(parts, own.items(), (9, 0, 9 * width, 0, 4 * width, 0), strict=True):
+            corner = weight[(slice(None), *(slice(0, length) for length in shape))]
+            assert (weight != 0).sum() == (corner != 0).sum(), name  # padding is zero
+            expected = (2 / fan_in) ** 0.5 if fan_in else 0
+            assert corner.square().mean().sqrt().item() == pytest.approx(expected, rel=0.1), name
 
 
 def test_the_split_of_the_digits():
     images = Morphogenesis(1).images
-    assert [len(labels) for _, labels in images] == [897, 360, 540] and images.train[0].shape == (897, 16, 9)
+    assert [len(labels) for _, labels in images] == [897, 360, 540] and images[TRAIN][0].shape == (897, 16, 9)
     pixels = torch.cat([patches for patches, _ in images]).flatten(1)
     assert len(pixels.unique(dim=0)) == 1797  # no image is in two parts
 
@@ -584,4 +627,4 @@ def test_cifar10_hosts(few, monkeypatch):
     obs, _ = env.reset(seed=0)
     obs, reward, *_ = env.step(np.array([GERMINATE + 4, WAIT]))
     assert obs in env.observation_space and np.isfinite(reward).all()
-    assert [len(labels) for _, labels in env.images] == [225, 25, 50] and env.images.train[0].shape == (225, 64, 75)
+    assert [len(labels) for _, labels in env.images] == [225, 25, 50] and env.images[TRAIN][0].shape == (225, 64, 75)

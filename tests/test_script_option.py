@@ -19,10 +19,10 @@ def test_the_copy_is_what_is_tested_and_no_test(args, tmp_path, monkeypatch):
     (repository / "tests").mkdir(parents=True)
     for name in ("conftest.py", "pyproject.toml"):
         shutil.copy(ROOT / name, repository)
-    (repository / "ppo_lstm_tamiyo.py").write_text("def cull_outcomes(): ...\nwho = 'original'\n")
+    (repository / "ppo_lstm_tamiyo.py").write_text("def actions_figure(): ...\nwho = 'original'\n")
     copy = repository / args[-1].removeprefix("--script=")
     copy.parent.mkdir(exist_ok=True)
-    copy.write_text("def cull_outcomes(): ...\nwho = 'copy'\n")
+    copy.write_text("def actions_figure(): ...\nwho = 'copy'\n")
     (repository / "tests/test_it.py").write_text("""
 def test_copy(tamiyo):
     assert tamiyo.who == "copy"
