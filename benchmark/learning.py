@@ -8,7 +8,7 @@
     python benchmark/learning.py leduc           # 25 minutes
     python benchmark/learning.py leduc_ablation  # 8 minutes
     python benchmark/learning.py phantom_go      # 8 minutes
-    python benchmark/learning.py worldmodel      # an hour
+    python benchmark/learning.py worldmodel      # two hours
     python benchmark/learning.py planning        # 15 minutes; planning_settings and planning_acrobot likewise
     python benchmark/learning.py carracing       # two hours
 
