@@ -41,24 +41,14 @@ CONTROLLERS = {  # label: flags; a host's history as keyword argument
 WIPED = {f"LSTM, its state reset every {k}": k for k in (1, 4, 8)}
 STATIC, SAMPLED = "static, the modules of LSTM", "{}, sampled actions"
 LSTM_ROWS = ("LSTM", STATIC, SAMPLED.format("LSTM"), *WIPED)
-PLAN, REMEMBERS, LOOKS, TOLD = (
-    "best fixed plan",
-    "best rule that remembers",
-    "best rule that does not",
-    "told what is unsound",
-)
+PLAN, TOLD = "best fixed plan", "told what is unsound"
+REMEMBERS, LOOKS = "best rule that remembers", "best rule that does not"
 BEST = {  # of benchmark/tamiyo_rules.py, on other hosts: a plan, then orders of blueprints and thresholds
     "plain": {PLAN: ((0, 0), (0, 3)), REMEMBERS: ((0, 4, 3, 2), -0.03), LOOKS: ((4, 3), -0.03), TOLD: (0, 4, 3, 2)},
     "memory": {PLAN: ((0, 0), (0, 3)), REMEMBERS: ((0, 3, 4, 2), -0.03), LOOKS: ((0, 3), -0.03), TOLD: (0, 3, 4, 2)},
 }
-FIGURES = (
-    "test_accuracy",
-    "validation_accuracy",
-    "parameter_ratio",
-    "germinations",
-    "fossilized",
-    "culled",
-)  # of a host
+# of a host
+FIGURES = ("test_accuracy", "validation_accuracy", "parameter_ratio", "germinations", "fossilized", "culled")
 RUNS, RESULTS = HERE / "runs", HERE / "results"
 setting, dataset, steps = "plain", "digits", STEPS["plain"]
 
@@ -80,9 +70,8 @@ def steps_of(label: str, seed: int) -> int:
 
 
 def env_kwargs(label: str) -> dict:
-    return {"setting": setting, "dataset": dataset} | (
-        {"history": 5} if "history" in CONTROLLERS.get(label, ()) else {}
-    )
+    history = {"history": 5} if "history" in CONTROLLERS.get(label, ()) else {}
+    return {"setting": setting, "dataset": dataset} | history
 
 
 def train_one(label: str, seed: int) -> None:
@@ -299,8 +288,7 @@ def table(draws: int = 2000) -> None:
         "|---" * 9 + "|",
     ]
     for label in sorted(rows.keys() - map(SAMPLED.format, CONTROLLERS), key=lambda label: -observed[label][0]):
-        other = [compared("LSTM", label, i) for i in range(2)]
-        other = ["", ""] if label == "LSTM" else ["", other[1]] if label == STATIC else other
+        other = ["", ""] if label == "LSTM" else [compared("LSTM", label, i) for i in range(2)]
         added = np.mean([entry["parameter_ratio"] for entry in rows[label].values()])
         cells = [label, str(len(rows[label])), f"{observed[label][0]:.2f}", other[0]]
         sampled = SAMPLED.format(label) if label in CONTROLLERS else label

@@ -24,17 +24,8 @@ from gymnasium.spaces import Discrete
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import ppo_lstm_tamiyo as tamiyo  # noqa: E402
-from environments.hosts import (  # noqa: E402
-    ACTIONS,
-    BLUEPRINTS,
-    CULL,
-    FOSSILIZE,
-    GERMINATE,
-    OBSERVATION,
-    SETTINGS,
-    WAIT,
-    Morphogenesis,
-)
+from environments import hosts  # noqa: E402
+from environments.hosts import BLUEPRINTS, CULL, FOSSILIZE, GERMINATE, SETTINGS, WAIT  # noqa: E402
 
 SEEDS = list(range(10_000, 10_064))  # of the hosts of the search
 ORDERS = ((0, 3, 4, 2), (0, 4, 3, 2), (3, 4, 0, 2), (0, 3, 4), (0, 4, 3), (3, 4))  # of blueprints to try
@@ -45,7 +36,7 @@ class Rule:
     """Plays as an Agent does. `choose` gives actions [N], of observations by name, [N] each, action masks [N, A], and
     notes [N, 4], which are 0 at an episode's start and which it may change."""
 
-    num_actions, action_space, shut, of_hosts = len(ACTIONS), Discrete(len(ACTIONS)), torch.zeros(1), True
+    num_actions, action_space, shut, of_hosts = len(hosts.ACTIONS), Discrete(len(hosts.ACTIONS)), torch.zeros(1), True
 
     def __init__(self, choose: Callable):
         self.choose = choose
@@ -58,8 +49,8 @@ class Rule:
 
     def step(self, obs: torch.Tensor, state: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
         notes = state.clone().numpy()
-        action = self.choose(dict(zip(OBSERVATION, obs.numpy().T, strict=False)), mask.numpy(), notes[:, 0])
-        logits = 1e9 * torch.nn.functional.one_hot(torch.as_tensor(action), len(ACTIONS)).float()
+        action = self.choose(dict(zip(hosts.OBSERVATION, obs.numpy().T, strict=False)), mask.numpy(), notes[:, 0])
+        logits = 1e9 * torch.nn.functional.one_hot(torch.as_tensor(action), len(hosts.ACTIONS)).float()
         return logits, torch.zeros(len(obs)), torch.from_numpy(notes)
 
 
@@ -96,7 +87,8 @@ def look(orders: np.ndarray, threshold: float, setting: str) -> Rule:
     """Tries each host's blueprints [N, K] (-1: none) in turn, culls a seed whose contribution is below the threshold
     in the last epoch in which it is seen TRAINING, and makes permanent what is left. Notes: epochs in which it was seen
     TRAINING, number of the blueprint, epoch."""
-    last = SETTINGS[setting].epochs - SETTINGS[setting].training - 6  # from here on, nothing would be blended in
+    # a seed germinated later would not be blended in before the end
+    last = SETTINGS[setting].epochs - SETTINGS[setting].training - hosts.BLENDING - 1
 
     def choose(now: dict, mask: np.ndarray, notes: np.ndarray) -> np.ndarray:
         every, number = np.arange(len(notes)), notes[:, 1].astype(int) % orders.shape[1]
@@ -132,7 +124,7 @@ def glance(blueprints: tuple[int, int], threshold: float, setting: str) -> Rule:
 
 def told(seeds: list[int], order: tuple[int, ...], setting: str, dataset: str = "digits") -> Rule:
     """Tries only what is sound, and keeps it."""
-    envs = Morphogenesis(len(seeds), setting, dataset)
+    envs = hosts.Morphogenesis(len(seeds), setting, dataset)
     envs.reset(seed=seeds)
     sound = [[blueprint for blueprint in order if not known[blueprint]] for known in envs.unsound]
     return look(np.array([row + [-1] * (len(order) - len(row)) for row in sound]), -np.inf, setting)
@@ -196,9 +188,8 @@ def main() -> None:
         blueprint, epoch = first.split(" from epoch ")
         for second in range(len(BLUEPRINTS)):
             both = plan(((int(epoch), BLUEPRINTS.index(blueprint)), (0, second)))
-            found["plan", f"{first}, then {BLUEPRINTS[second]}"] = played(both, SEEDS, {"setting": setting})[0][
-                "returns"
-            ]
+            info, _ = played(both, SEEDS, {"setting": setting})
+            found["plan", f"{first}, then {BLUEPRINTS[second]}"] = info["returns"]
     with open(HERE / "results" / f"tamiyo_rules_{setting}.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["kind", "rule", "return", "standard error"])

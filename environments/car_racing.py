@@ -19,13 +19,12 @@ from gymnasium.spaces import Box
 from pygame import gfxdraw
 
 MAX_FRAMES = 1000
-HELD_OUT = 1_000_000_000
+HELD_OUT = 1_000_000_000  # seeds from here on are for evaluation
 SIZE = 64
 WINDOW = np.array([car_racing.WINDOW_W, car_racing.WINDOW_H])
-CORNERS = car_racing.GRASS_DIM * np.array([(1, 0), (0, 0), (0, 1), (1, 1)])
-PATCHES = car_racing.GRASS_DIM * np.stack(np.meshgrid(range(-20, 20, 2), range(-20, 20, 2), indexing="ij"), -1)
-FIELD = car_racing.PLAYFIELD * np.array([[(1, 1), (1, -1), (-1, -1), (-1, 1)]])
-GROUND = np.concatenate((FIELD, PATCHES.reshape(-1, 1, 2) + CORNERS))  # [401, 4, 2] the field, and grass on it
+PATCHES = np.stack(np.meshgrid(range(-20, 20, 2), range(-20, 20, 2), indexing="ij"), -1).reshape(-1, 1, 2)
+GRASS = car_racing.GRASS_DIM * (PATCHES + np.array([(1, 0), (0, 0), (0, 1), (1, 1)]))  # [400, 4, 2] corners
+FIELD = car_racing.PLAYFIELD * np.array([[(1, 1), (1, -1), (-1, -1), (-1, 1)]])  # [1, 4, 2]
 
 
 class CarRacing(car_racing.CarRacing):
@@ -42,8 +41,8 @@ class CarRacing(car_racing.CarRacing):
 
     def _render_road(self, zoom: float, translation: tuple, angle: float):
         """As the original, which turns each corner of each polygon in Python: most of them are far away."""
-        polygons = np.concatenate((GROUND, [polygon for polygon, _ in self.road_poly]))
-        colors = [self.bg_color, *[self.grass_color] * 400, *(color for _, color in self.road_poly)]
+        polygons = np.concatenate((FIELD, GRASS, [polygon for polygon, _ in self.road_poly]))
+        colors = [self.bg_color, *[self.grass_color] * len(GRASS), *(color for _, color in self.road_poly)]
         cos, sin = np.cos(angle), np.sin(angle)
         corners = polygons @ np.array([(cos, sin), (-sin, cos)]) * zoom + translation  # [P, 4, 2] pixels
         seen = ((corners.max(1) >= -1) & (corners.min(1) <= WINDOW + 1)).all(1)

@@ -1,4 +1,4 @@
-"""What the tests of several scripts share: processes, checkpoints, wrong input, and slow references for PPO's loss."""
+"""What the tests of several scripts share: processes, checkpoints, wrong input, and some of recurrent PPO's maths."""
 
 import json
 import multiprocessing
@@ -9,13 +9,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from gymnasium.spaces import Box, Discrete
 from torch.distributed import TCPStore
-from torch.distributions import Categorical, Normal
 
 ROOT = Path(__file__).parent.parent
 
@@ -183,35 +182,29 @@ def disturb(agent) -> None:
             weight += 0.1 * torch.randn_like(weight)
 
 
-def reference_loss(agent, rollout, space, args):
-    """PPO's loss of a whole rollout, a step of an environment at a time, with one LSTM cell and torch.distributions."""
-    num_steps, num_envs = rollout.reward.shape
-    total = 0
-    for n in range(num_envs):
-        for t in range(num_steps):
-            if t == 0 or rollout.start[t, n]:
-                state, age = rollout.state[t, n][None], 0
-            elif args.bptt_length and age % args.bptt_length == 0:
-                state = rollout.state[t, n][None]
-            age += 1
-            mask = None if rollout.action_mask is None else rollout.action_mask[t, n][None]
-            *_, params, value, state = agent.step(rollout.obs[t, n][None], state, mask)
-            action = rollout.action[t, n].reshape(-1)
-            if isinstance(space, Box):
-                mean, log_std = params[0].chunk(2)
-                parts, choices = [Normal(mean, log_std.exp())], [action]
-            else:
-                sizes = [space.n] if isinstance(space, Discrete) else space.nvec.tolist()
-                parts, choices = [Categorical(logits=logits) for logits in params[0].split(sizes)], action
-            logprob = sum(part.log_prob(choice).sum() for part, choice in zip(parts, choices, strict=True))
-            entropy = sum(part.entropy().sum() for part in parts)
-            ratio = (logprob - rollout.logprob[t, n]).exp()
-            advantage = rollout.advantages[t, n]
-            clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-            target = (rollout.returns[t, n] - agent.return_stats.mean) / agent.return_stats.std
-            total += -torch.min(ratio * advantage, clipped * advantage)
-            total += args.vf_coef * 0.5 * (value[0] - target) ** 2 - args.ent_coef * entropy
-    return total / (num_steps * num_envs)
+def assert_gradient_reaches_back(script, agent, rollout, start, bptt_length: int, begin: int) -> None:
+    """The value of step 23 of environment 0 depends on its observations from step `begin` on, and on no others."""
+    index = script.cut_segments(start, bptt_length)
+    obs = rollout.obs.clone().requires_grad_()
+    states, masks = (x.flatten(0, 1)[i] for x, i in ((rollout.state, index[0]), (rollout.action_mask, index)))
+    _, values = agent.unroll(obs.flatten(0, 1)[index], states, index < 0, masks)
+    last = values[index == 23 * rollout.reward.shape[1]]
+    reach = torch.autograd.grad(last.sum(), obs)[0][:, 0].abs().sum(-1) > 0
+    assert reach.tolist() == [begin <= t <= 23 for t in range(24)]
+
+
+def assert_columns_hold_each_step_once_and_in_order(script, start, bptt_length: int) -> None:
+    num_steps, num_envs = start.shape
+    index = script.cut_segments(start, bptt_length)
+    assert sorted(index[index >= 0].tolist()) == list(range(num_steps * num_envs))
+    for column in index.T.tolist():
+        assert column[0] >= 0 and column[0] // num_envs % (bptt_length or num_steps) == 0
+        real = [i for i in column if i >= 0]
+        assert real == list(range(real[0], real[-1] + 1, num_envs))  # one environment, nothing left out
+        assert len(real) <= (bptt_length or num_steps)
+        for above, i in pairwise(column):
+            if i >= 0:  # a flush before each start, and nowhere else
+                assert (above < 0) == bool(start.flatten()[i])
 
 
 def assert_statistics_are_those_of_all_data(script) -> None:

@@ -1,13 +1,18 @@
 """The maths of ppo_lstm_tamiyo.py against slow references that are obvious. Numbers are the details of docs/."""
 
 import json
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Discrete
-from helpers import MIXED, assert_statistics_are_those_of_all_data, disturb
+from helpers import (
+    MIXED,
+    assert_columns_hold_each_step_once_and_in_order,
+    assert_gradient_reaches_back,
+    assert_statistics_are_those_of_all_data,
+    disturb,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Categorical
@@ -111,14 +116,8 @@ def test_01_gradient_reaches_back_exactly_as_far_as_it_should(tamiyo, lengths):
     """The value of a step depends on an earlier observation if and only if both are in the same segment."""
     _, agent, (rollout, _) = play(tamiyo, dtype=torch.float64, env={"lengths": lengths})
     for bptt_length in (0, 5):
-        index = tamiyo.cut_segments(rollout.age == 0, bptt_length)
-        obs = rollout.obs.clone().requires_grad_()
-        states, masks = (x.flatten(0, 1)[i] for x, i in ((rollout.state, index[0]), (rollout.action_mask, index)))
-        _, values = agent.unroll(obs.flatten(0, 1)[index], states, index < 0, masks)
-        last = values[index == 23 * 3]  # V at t = 23 of environment 0
-        reach = torch.autograd.grad(last.sum(), obs)[0][:, 0].abs().sum(-1) > 0
         begin = max(0 if lengths == (100,) else 17, 20 if bptt_length else 0)
-        assert reach.tolist() == [begin <= t <= 23 for t in range(24)]
+        assert_gradient_reaches_back(tamiyo, agent, rollout, rollout.age == 0, bptt_length, begin)
 
 
 @settings(deadline=None, max_examples=50)
@@ -126,15 +125,7 @@ def test_01_gradient_reaches_back_exactly_as_far_as_it_should(tamiyo, lengths):
 def test_01_columns_hold_each_step_once_and_in_order(tamiyo, num_steps, num_envs, bptt_length, data):
     starts = st.lists(st.booleans(), min_size=num_steps * num_envs, max_size=num_steps * num_envs)
     start = torch.tensor(data.draw(starts)).reshape(num_steps, num_envs)
-    index = tamiyo.cut_segments(start, bptt_length)
-    assert sorted(index[index >= 0].tolist()) == list(range(num_steps * num_envs))
-    for column in index.T.tolist():
-        assert column[0] >= 0 and column[0] // num_envs % (bptt_length or num_steps) == 0
-        real = [i for i in column if i >= 0]
-        assert real == list(range(real[0], real[-1] + 1, num_envs))  # one environment, nothing left out
-        for above, i in pairwise(column):
-            if i >= 0:  # a flush before each start, and nowhere else
-                assert (above < 0) == bool(start.flatten()[i])
+    assert_columns_hold_each_step_once_and_in_order(tamiyo, start, bptt_length)
 
 
 def test_02_float32_gradient(tamiyo):
