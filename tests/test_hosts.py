@@ -183,7 +183,7 @@ class SlowHost:
         self.now = *last, *self.read()
 
     @torch.no_grad()
-    def loss(self, alphas, images=slice(None)):
+    def loss(self, alphas, images):
         pixels, labels, contrast = (x[images] for x in self.validation)
         return F.cross_entropy(self.forward(pixels, contrast, alphas), labels).item()
 
