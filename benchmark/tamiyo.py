@@ -5,7 +5,8 @@
     python benchmark/tamiyo.py table        # results/tamiyo_{setting}_*: table.md, hosts.csv, culls.csv, curves.csv
 
 Each with `--setting plain` or `--setting memory` (environments/hosts.py). Trainings are independent processes of one
-thread, `--jobs` of them at a time, in benchmark/runs/. Rules are the best of benchmark/tamiyo_rules.py.
+thread, `--jobs` of them at a time, in benchmark/runs/; what each policy made of the held-out hosts is kept beside the
+table, in results/tamiyo_{setting}/. Rules are the best of benchmark/tamiyo_rules.py.
 """
 
 import argparse
@@ -53,14 +54,15 @@ RUNS, RESULTS = HERE / "runs", HERE / "results"
 setting, dataset, steps = "plain", "digits", STEPS["plain"]
 
 
-def place(label: str, seed: int) -> Path:
-    """Where a row of the table keeps its files; other settings, other files."""
-    return RUNS / f"tamiyo_{setting}_{dataset}_{steps}" / f"{label.replace(' ', '_').replace(',', '')}__{seed}"
+def place(folder: Path, label: str, seed: int) -> Path:
+    """Where a row of the table has its files; other settings than the table's are part of the name."""
+    other = ([] if dataset == "digits" else [dataset]) + ([] if steps == STEPS[setting] else [str(steps)])
+    return folder / "_".join(["tamiyo", setting, *other]) / f"{label.replace(' ', '_').replace(',', '')}__{seed}"
 
 
 def run_of(label: str, seed: int) -> Path | None:
     """The newest run folder that has a checkpoint."""
-    found = sorted(place(label, seed).glob("*/checkpoint.pt"))
+    found = sorted(place(RUNS, label, seed).glob("*/checkpoint.pt"))
     return found[-1].parent if found else None
 
 
@@ -77,7 +79,7 @@ def env_kwargs(label: str) -> dict:
 def train_one(label: str, seed: int) -> None:
     if steps_of(label, seed) >= steps:
         return
-    flags = ["--seed", str(seed), "--runs-dir", str(place(label, seed)), "--eval-episodes", "16"]
+    flags = ["--seed", str(seed), "--runs-dir", str(place(RUNS, label, seed)), "--eval-episodes", "16"]
     flags += [flag for flag in CONTROLLERS[label] if flag != "history"]
     flags += ["--num-steps", str(SETTINGS[setting].epochs), "--env-kwargs", json.dumps(env_kwargs(label))]
     if run := run_of(label, seed):
@@ -162,7 +164,7 @@ def evaluations() -> list[tuple[str, int, str]]:
 
 def evaluated(row: str, seed: int) -> bool:
     """… with the rule as it is now."""
-    path = place(row, seed) / "evaluation.npz"
+    path = place(RESULTS, row, seed).with_suffix(".npz")
     return path.exists() and str(np.load(path)["rule"]) == repr(BEST[setting].get(row))
 
 
@@ -182,28 +184,37 @@ def evaluate_one(job: tuple[str, int, str]) -> None:
         if row in ("random", REMEMBERS, label):
             better = cull_outcomes(actions, seeds, label)
     figures = {name: info[name] for name in FIGURES} | {"returns": info["returns"], "better": better}
-    path = place(row, seed)
-    path.mkdir(parents=True, exist_ok=True)
     figures["correct"] = info["test_correct"].astype(np.float32)
     gain = ACCURACY * (info["validation_correct"] - info["bare_validation_correct"])  # [E, images]
     figures["worth"] = (gain - PRICE * info["parameter_ratio"][:, None]).astype(np.float32)  # its mean is the return
-    rule = repr(BEST[setting].get(row))
-    np.savez_compressed(path / "unfinished.npz", label=row, seed=seed, rule=rule, **figures)
-    (path / "unfinished.npz").replace(path / "evaluation.npz")
+    if row == label:
+        figures |= training(label, seed)
+    path = place(RESULTS, row, seed)
+    path.parent.mkdir(exist_ok=True)
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        np.savez_compressed(file, label=row, seed=seed, rule=repr(BEST[setting].get(row)), **figures)
+    path.with_suffix(".tmp").replace(path.with_suffix(".npz"))
     accuracy = info["test_accuracy"].mean()
     print(f"{row}, seed {seed}: return {info['returns'].mean():.3f}, accuracy {accuracy:.4f}", flush=True)
 
 
+def training(label: str, seed: int) -> dict[str, np.ndarray]:
+    """Mean return of the episodes that end in each update, and seconds an update."""
+    events = EventAccumulator(str(run_of(label, seed)), size_guidance={"scalars": 0}).Reload()
+    curve = events.Scalars("charts/episodic_return")
+    seconds = tamiyo.load(run_of(label, seed) / "checkpoint.pt")["counters"]["seconds"] / len(curve)
+    return {"curve": np.array([[event.step, event.value] for event in curve]), "seconds": seconds}
+
+
 def result(name: str) -> Path:
-    """Path of a result; other settings than the table's are part of its name."""
-    other = ([] if dataset == "digits" else [dataset]) + ([] if steps == STEPS[setting] else [str(steps)])
-    return RESULTS / "_".join(["tamiyo", setting, *other, name])
+    folder = place(RESULTS, "", 0).parent
+    return folder.with_name(f"{folder.name}_{name}")
 
 
 def load_evaluations() -> dict[str, dict[int, dict]]:
     """{label: {seed: arrays}}"""
     rows = {}
-    for path in sorted(place("", 0).parent.glob("*/evaluation.npz")):
+    for path in sorted(place(RESULTS, "", 0).parent.glob("*.npz")):
         with np.load(path) as file:
             entry = dict(file)
         rows.setdefault(str(entry["label"]), {})[int(entry["seed"])] = entry
@@ -301,7 +312,7 @@ def table(draws: int = 2000) -> None:
         better = [entry["better"] for entry in seeds.values() if len(entry["better"])]
         if sum(map(len, better)) >= 50:
             lines.append(f"- {label}: {precision(better)}")
-    lines += ["", *curves(observed[REMEMBERS][0])]
+    lines += ["", *curves({label: rows[label] for label in CONTROLLERS if label in rows}, observed[REMEMBERS][0])]
     if TOLD in rows:
         knowing = compared(TOLD, PLAN, 0)
         lines += ["", f"- told which blueprints are unsound, beyond the best fixed plan: {knowing}"]
@@ -309,31 +320,26 @@ def table(draws: int = 2000) -> None:
     print("\n".join(lines))
 
 
-def curves(rule: float) -> list[str]:
+def curves(trained: dict[str, dict[int, dict]], rule: float) -> list[str]:
     """Plots the returns of training episodes, mean and range over seeds, and tells when they pass the
     best rule's."""
     lines, rows, figure = [], [], Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
-    for i, label in enumerate(CONTROLLERS):
-        values, cost = [], []  # [seeds, updates], [seeds] seconds an update
-        for seed in SEEDS:
-            if steps_of(label, seed) >= steps:
-                events = EventAccumulator(str(run_of(label, seed)), size_guidance={"scalars": 0}).Reload()
-                curve = events.Scalars("charts/episodic_return")
-                values.append([event.value for event in curve])
-                cost.append(tamiyo.load(run_of(label, seed) / "checkpoint.pt")["counters"]["seconds"] / len(curve))
-                rows += [[label, seed, event.step // SETTINGS[setting].epochs, f"{event.value:.4f}"] for event in curve]
-        if values:
-            hosts = np.array([event.step for event in curve])[4:] / SETTINGS[setting].epochs
-            smooth = np.array([np.convolve(curve, np.ones(5) / 5, "valid") for curve in values])
-            axis.plot(hosts, smooth.mean(0), color=f"C{i}", label=f"{label}, {len(values)} seeds")
-            axis.fill_between(hosts, smooth.min(0), smooth.max(0), color=f"C{i}", alpha=0.15, linewidth=0)
-            reached = np.flatnonzero(smooth.mean(0) >= rule)
-            when = f"after {hosts[reached[0]]:.0f} hosts" if len(reached) else "never"
-            lines.append(
-                f"- {label}: the mean return of training episodes passes the best rule's {when}; "
-                f"{np.mean(cost):.1f} s an update"
-            )
+    for i, (label, seeds) in enumerate(trained.items()):
+        for seed, entry in seeds.items():
+            rows += [[label, seed, int(step) // SETTINGS[setting].epochs, f"{x:.4f}"] for step, x in entry["curve"]]
+        length = min(len(entry["curve"]) for entry in seeds.values())
+        values = np.stack([entry["curve"][:length] for entry in seeds.values()])  # [seeds, updates, 2]
+        hosts = values[0, 4:, 0] / SETTINGS[setting].epochs
+        smooth = np.array([np.convolve(curve, np.ones(5) / 5, "valid") for curve in values[..., 1]])
+        axis.plot(hosts, smooth.mean(0), color=f"C{i}", label=f"{label}, {len(values)} seeds")
+        axis.fill_between(hosts, smooth.min(0), smooth.max(0), color=f"C{i}", alpha=0.15, linewidth=0)
+        reached = np.flatnonzero(smooth.mean(0) >= rule)
+        when = f"after {hosts[reached[0]]:.0f} hosts" if len(reached) else "never"
+        cost = np.mean([entry["seconds"] for entry in seeds.values()])
+        lines.append(
+            f"- {label}: the mean return of training episodes passes the best rule's {when}; {cost:.1f} s an update"
+        )
     axis.axhline(rule, color="black", linestyle="--", linewidth=1, label=REMEMBERS)
     axis.set(xlabel="hosts trained", ylabel="return of training episodes (0: nothing grown)")
     axis.legend(fontsize="small")
