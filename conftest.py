@@ -16,7 +16,7 @@ pytest.register_assert_rewrite("helpers")
 SIGNS = {  # found there only
     "ppo_lstm_predictor.py": "class Predictor(",
     "ppo_lstm_tamiyo.py": "def actions_figure(",
-    "sequence_ppo_selfplay.py": "class Sequences:",
+    "sequence_ppo_selfplay.py": "def sequence_loss(",
     "worldmodel_a2c.py": "class Quantizer(",
 }
 

@@ -1,15 +1,17 @@
 """Sequence PPO and sequence REINFORCE, trained by self-play in two-player zero-sum games with hidden information.
 
-A sequence is all that one player saw and did in one game, in order. The data goes one way:
+A sequence is all that one player saw and did in one game. The data goes one way, and each arrow has its function below:
 
-    games.observe -> Net.step (policy only, no gradients) -> games.act, until the update's games have ended (`play`)
-    decisions -> Sequences, one behind the other [K]; the payoff belongs to each player's last own decision
-    Sequences -> batches of similar length [L, B] -> values -> gae or discounted returns -> advantages, returns [K]
-    batches -> chunks of bptt_length steps -> Agent.unroll (one call, state carried and detached) -> sequence_loss
-    the policy's weights -> a slowly moving reference, which the loss pulls towards; snapshots, which become opponents
+    games ── play ──▶ Decisions [K], one sequence behind the other    policy only, one LSTM step a turn, no gradients
+    Decisions ── add_targets ──▶ advantages, returns [K]              the payoff belongs to each player's last decision
+    sequences ── batches ──▶ index [L, B], chunks of bptt_length      sequences of like length, hardly any padding
+    chunk ── Agent.unroll ── sequence_loss ── descend ──▶ weights     one LSTM call; a chunk goes on where one ended
+    weights ──▶ a reference, which moves slowly and to which the loss pulls; snapshots, which become opponents
 
-PPO is Schulman et al. 2017, arXiv 1707.06347; the reference is magnetic mirror descent, Sokota et al. 2022, arXiv
-2206.05825. Numbers such as `detail 5` refer to docs/sequence_ppo_selfplay.md.
+Letters in shapes: K or M decisions, S sequences, N players, D entries of an observation with the player's own last
+action, E entries that only the critic sees, A actions, H width; [L, B] are L decisions of B sequences (batches). The
+games are in environments/. PPO: Schulman et al. 2017, arXiv 1707.06347; the reference: magnetic mirror descent, Sokota
+et al. 2022, arXiv 2206.05825. `detail 5`: docs/sequence_ppo_selfplay.md.
 """
 
 import copy
@@ -18,16 +20,17 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import time
-import warnings
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field, fields, replace
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -41,147 +44,92 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common.gae import gae
-from environments.games import Turn
 from environments.openspiel import Level, OpenSpielGames, exploitability
+
+DEFAULTS = {  # of flags that are None below: for OpenSpiel; for Pokémon Showdown, whose battles are long and slow
+    "checkpoint_every": (50, 20),
+    "eval_episodes": (200, 40),
+    "opponents": ("self:1", "self:0.8,past:0.2"),
+    "snapshot_every": (200_000, 1000),
+    "total_timesteps": (8_000_000, 490_000),
+    "learning_rate": (3e-3, 7e-4),
+    "num_envs": (2048, 25),
+    "games_per_update": (2048, 64),
+    "games_growth": (4, 1),
+    "gamma": (1.0, 0.995),
+    "gae_lambda": (0.5, 0.9),
+    "update_epochs": (1, 4),
+    "norm_adv": (False, True),
+    "ent_coef": (0.0125, 0.02),
+    "ent_coef_final": (0.005, 0.005),
+    "barrier_coef": (0.0125, 0.0),
+    "barrier_coef_final": (0.00075, 0.0),
+    "ref_kl_coef": (0.1, 0.0),
+    "hidden_size": (64, 128),
+}
 
 
 @dataclass
-class Args:
-    # --- run
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the run folder's name"""
-    seed: int = 1
-    """seed of games, networks and sampling; on OpenSpiel the same seed gives the same run on one machine"""
-    torch_deterministic: bool = True
-    """ask cuDNN for deterministic algorithms"""
-    cuda: bool = True
-    """use a CUDA device if there is one"""
-    torch_threads: int = 1
-    """threads of torch on the CPU; one is fastest for small recurrent networks"""
-    runs_dir: str = "runs"
-    """folder that holds the run folders"""
-    checkpoint_every: int = 50
-    """updates between checkpoints, each with an evaluation; 0 = only at the end"""
-    resume: str | None = None
-    """a run folder to continue, with its arguments unless others are given"""
-    init_from: str | None = None
-    """a checkpoint whose weights to start from, wherever names and shapes fit"""
-    evaluate: str | None = None
-    """a checkpoint to evaluate, with its arguments unless others are given; no training"""
-    against: str | None = None
-    """with --evaluate, the only opponent: a checkpoint of the same network and width, random or, on Showdown, max_power
-    or heuristic"""
-    eval_episodes: int = 200
-    """games against each opponent of an evaluation, half of them in each seat"""
-    eval_deterministic: bool = False
-    """play evaluations' games with the most likely actions; with hidden information the best policy is mostly mixed"""
-    eval_average: bool = False
-    """play evaluations' games with the moving average of the policy's weights"""
+class Args:  # the comments are what --help says
+    exp_name: str = Path(__file__).stem  # RUN: name of the experiment, part of the run folder's name
+    seed: int = 1  # of games, networks and sampling; on OpenSpiel the same seed gives the same run on one machine
+    cuda: bool = True  # use a CUDA device if there is one
+    torch_threads: int = 1  # threads of torch on the CPU; one is fastest for small recurrent networks
+    runs_dir: str = "runs"  # folder that holds the run folders
+    checkpoint_every: int | None = None  # updates between checkpoints, each with an evaluation; 0 = only at the end
+    resume: str | None = None  # a run folder to continue, with its arguments unless others are given
+    init_from: str | None = None  # a checkpoint whose networks to start from
+    evaluate: str | None = None  # a checkpoint to evaluate, with its arguments unless others are given; no training
+    against: str | None = (
+        None  # with --evaluate, the only opponent: a checkpoint or, on Showdown, max_power or heuristic
+    )
+    eval_episodes: int | None = None  # games against each opponent of an evaluation, half of them in each seat
+    eval_likeliest: bool = False  # evaluate the likeliest actions; with hidden information good play is mostly mixed
+    eval_average: bool = False  # evaluate the reference policy, a moving average of the weights
+    env_id: str = "leduc_poker"  # ENVIRONMENT: a game of OpenSpiel, or a format of Pokémon Showdown: gen9randombattle
+    env_kwargs: str = "{}"  # parameters of the OpenSpiel game, as JSON
+    server: str = "start"  # Showdown only: `start` runs a server on this machine, ws://host:port uses a running one
+    ko_coef: float = 0.1  # Showdown only: reward for each foe that faints, and loss for each own Pokémon; winning is 1
+    hp_coef: float = 0.1  # Showdown only: the same for hit points, in units of one Pokémon's full ones
+    save_replays: bool = False  # Showdown only: with --evaluate, save the battles as HTML beside the checkpoint
+    opponents: str | None = None  # SELF-PLAY: shares of self (both sides learn), past, random, max_power, heuristic
+    snapshot_every: int | None = None  # games between snapshots of the policy, the opponents named past
+    algorithm: Literal["ppo", "reinforce"] = "ppo"  # PPO: reinforce is one pass in one minibatch, lambda 1, no clipping
+    total_timesteps: int | None = None  # decisions to train on, over all processes
+    learning_rate: float | None = None  # Adam's step size
+    anneal_lr: bool = True  # in the second half, lower the learning rate, and the reference's, linearly to 0
+    num_envs: int | None = None  # games that each process plays at once
+    games_per_update: int | None = None  # games that each process plays, to their end, between updates
+    games_growth: int | None = None  # factor of the games between updates in the second half
+    gamma: float | None = None  # discount factor
+    gae_lambda: float | None = None  # lambda of generalised advantage estimation
+    num_minibatches: int = 8  # minibatches per epoch
+    update_epochs: int | None = None  # passes over the games of an update
+    norm_adv: bool | None = None  # normalise each update's advantages, which else are in units of the largest payoff
+    clip_coef: float = 0.2  # clip range of the probability ratio
+    ent_coef: float | None = None  # weight of the entropy bonus at the start
+    ent_coef_final: float | None = None  # weight of the entropy bonus at the end, reached linearly
+    barrier_coef: float | None = None  # weight of the log barrier, which keeps every action possible, at the start
+    barrier_coef_final: float | None = None  # weight of the log barrier at the end, reached linearly
+    ref_kl_coef: float | None = None  # weight of the KL divergence from policy to reference policy
+    ref_rate: float = 0.02  # how far the reference's weights move towards the policy's in each update
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 5.0  # largest norm of the gradient
+    target_kl: float | None = None  # stop an update after an epoch whose mean approximate KL exceeds this; None = never
+    recurrent: bool = True  # RECURRENCE: off zeroes the LSTM's state before every decision: the same network, no memory
+    hidden_size: int | None = None  # width of the networks
+    bptt_length: int = 0  # decisions through which gradients flow; 0 = the whole game, -1 = as many as fit the memory
+    memory_mb: int = 500  # memory for what autograd keeps of one chunk, with --bptt-length -1
 
-    # --- environment
-    env_id: str = "leduc_poker"
-    """a two-player zero-sum game of OpenSpiel, or a singles format of Pokémon Showdown such as gen9randombattle"""
-    env_kwargs: str = "{}"
-    """parameters of the OpenSpiel game, as JSON"""
-    server: str = "start"
-    """Showdown only: `start` runs a server on this machine, ws://host:port uses a running one"""
-    ko_coef: float = 0.0
-    """Showdown only: reward for each Pokémon that faints on the other side, and its loss for each own; winning is 1"""
-    hp_coef: float = 0.0
-    """Showdown only: the same for hit points, in units of one Pokémon's full ones"""
-    save_replays: bool = False
-    """Showdown only: with --evaluate, save the battles as HTML to `replays/` in the run folder"""
-
-    # --- self-play
-    opponents: str = "self:1"
-    """shares of the games against: self (both sides are trained on), past (snapshots), random, max_power, heuristic"""
-    past_sampling: Literal["uniform", "recent", "prioritised"] = "uniform"
-    """which snapshots are met: all alike, the later half, or rather those that beat the learner"""
-    snapshot_every: int = 200_000
-    """games between snapshots"""
-    snapshot_winrate: float = 0.6
-    """also take one when the last 100 games against the newest are won this often (Showdown), or surely won (others)"""
-    pool_size: int = 16
-    """snapshots to keep; when there are more, every second one is dropped"""
-    elo_games: int = 50
-    """games of each pairing of the final evaluation's round robin; 0 = no Elo"""
-
-    # --- PPO or REINFORCE
-    algorithm: Literal["ppo", "reinforce"] = "ppo"
-    """reinforce: one pass over all games in one minibatch, with discounted returns to go"""
-    baseline: bool = True
-    """subtract the value from REINFORCE's returns"""
-    total_timesteps: int = 8_000_000
-    """decisions to train on, over all processes"""
-    learning_rate: float = 3e-3
-    """Adam's step size"""
-    anneal_lr: bool = True
-    """lower the learning rate, and ref_rate with it, linearly to 0"""
-    num_envs: int = 2048
-    """games that each process plays at once; some 10 to 25 on Showdown"""
-    games_per_update: int = 2048
-    """games that each process plays, to their end, between updates"""
-    gamma: float = 1.0
-    """discount factor"""
-    gae_lambda: float = 0.5
-    """lambda of generalised advantage estimation"""
-    num_minibatches: int = 8
-    """minibatches per epoch"""
-    update_epochs: int = 1
-    """passes over the games of an update"""
-    norm_adv: bool = True
-    """normalise the advantages of each update"""
-    clip_coef: float = 0.2
-    """clip range of the probability ratio"""
-    ent_coef: float = 0.05
-    """weight of the entropy bonus at the start"""
-    ent_coef_final: float = 0.02
-    """weight of the entropy bonus at the end, reached linearly"""
-    ref_kl_coef: float = 0.2
-    """weight of the KL divergence from policy to reference policy"""
-    ref_rate: float = 0.01
-    """how far the reference's weights move towards the current ones in each update; annealed like the learning rate"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    max_grad_norm: float = 5.0
-    """largest norm of the gradient"""
-    target_kl: float | None = None
-    """stop an update after an epoch whose mean approximate KL exceeds this; None = never"""
-
-    # --- network
-    network: Literal["lstm", "attention", "lstm_attention", "mlp"] = "lstm"
-    """memory of policy and value (a net each): LSTM, causal attention over the own decisions so far, both, or none"""
-    sequence: bool = True
-    """False: every decision starts from an empty memory, as in PPO without recurrence"""
-    hidden_size: int = 64
-    """width of the networks"""
-    bptt_length: int = 0
-    """steps through which gradients flow; 0 = the whole game, -1 = as many as fit memory_budget_mb"""
-    memory_budget_mb: int = 500
-    """memory for the activations of one batch, for --bptt-length -1"""
+    def __post_init__(self):
+        for name, choices in DEFAULTS.items():
+            if getattr(self, name) is None:
+                setattr(self, name, choices[is_showdown(self)])
+        if self.algorithm == "reinforce":  # with one pass the ratio is 1, and PPO's gradient is REINFORCE's (detail 3)
+            self.update_epochs, self.num_minibatches, self.gae_lambda = 1, 1, 1.0
 
 
-SHOWDOWN = {  # other defaults where --env-id is a format of Pokémon Showdown, whose battles are long and slow
-    "checkpoint_every": 20,
-    "eval_episodes": 40,
-    "ko_coef": 0.1,
-    "hp_coef": 0.1,
-    "opponents": "self:0.8,past:0.2",
-    "snapshot_every": 1000,
-    "elo_games": 0,
-    "total_timesteps": 490_000,
-    "learning_rate": 7e-4,
-    "num_envs": 25,
-    "games_per_update": 64,
-    "gamma": 0.995,
-    "gae_lambda": 0.9,
-    "num_minibatches": 8,
-    "update_epochs": 4,
-    "ent_coef": 0.02,
-    "ent_coef_final": 0.005,
-    "ref_kl_coef": 0.0,
-    "hidden_size": 128,
-}
+AUTOMATIC = "bptt_length", -1
 
 
 class InputError(Exception):
@@ -189,37 +137,24 @@ class InputError(Exception):
 
 
 def check(args: Args) -> None:
-    """Raises InputError, with one clear line, for whatever can be known to fail before any work is done."""
-
-    def need(ok: bool, message: str) -> None:
-        if not ok:
-            raise InputError(message)
-
-    above_zero = ["total_timesteps", "num_envs", "games_per_update", "num_minibatches", "update_epochs", "pool_size"]
-    above_zero += ["learning_rate", "max_grad_norm", "torch_threads", "hidden_size", "eval_episodes", "snapshot_every"]
-    above_zero += ["target_kl"] * (args.target_kl is not None)
-    at_most_one = ["gamma", "gae_lambda", "ref_rate", "snapshot_winrate"]
-    not_negative = ["seed", "checkpoint_every", "vf_coef", "clip_coef", "ko_coef", "hp_coef", "elo_games", *at_most_one]
-    for name in [*above_zero, *not_negative, "ent_coef", "ent_coef_final", "ref_kl_coef", "memory_budget_mb"]:
-        value, flag = getattr(args, name), "--" + name.replace("_", "-")
-        need(value > 0 or name not in above_zero, f"{flag} must be above 0, not {value}")
-        need(value >= 0, f"{flag} must not be negative, not {value}")
-        need(value <= 1 or name not in at_most_one, f"{flag} must be at most 1, not {value}")
-    need(args.bptt_length >= -1, "--bptt-length must be a number of steps, 0 (whole games) or -1 (automatic)")
-    need(args.hidden_size % HEADS == 0, f"--hidden-size must be a multiple of {HEADS}")
-    need(args.pool_size >= 2, "--pool-size must be at least 2: the oldest and the newest snapshot stay")
-    need(args.num_minibatches <= args.games_per_update, "--num-minibatches must not exceed --games-per-update")
-    exclusive = [args.resume, args.init_from, args.evaluate]
-    need(sum(map(bool, exclusive)) <= 1, "--resume, --init-from and --evaluate exclude each other")
-    need(args.evaluate or not args.against, "--against needs --evaluate")
+    """Raises InputError for what can be known to fail before any work."""
+    may_be_0 = ["seed", "checkpoint_every", "ko_coef", "hp_coef", "gamma", "gae_lambda", "clip_coef", "vf_coef"]
+    may_be_0 += ["ent_coef", "ent_coef_final", "barrier_coef", "barrier_coef_final", "ref_kl_coef", "ref_rate"]
+    may_be_0 += ["bptt_length"]
+    at_most = {"gamma": 1, "gae_lambda": 1, "ref_rate": 1, "seed": 10**9, "total_timesteps": 10**12}
+    at_most |= {"num_minibatches": args.games_per_update, "snapshot_every": 10**9}
+    for name, x in vars(args).items():
+        least, most = "0 or more" if name in may_be_0 else "above 0", at_most.get(name, 10**5)
+        if type(x) in (int, float) and not (0 < x <= most or (x == 0 and name in may_be_0)) and (name, x) != AUTOMATIC:
+            raise InputError(f"--{name.replace('_', '-')} must be {least} and at most {most}, not {x}")
+    known = ("random", *(SCRIPTED if is_showdown(args) else ()))
     shares = opponent_shares(args)
-    scripted = SCRIPTED if is_showdown(args) else ()
-    for name, share in shares.items():
-        need(name in ("self", "past", "random", *scripted), f"--opponents: {args.env_id} has no opponent {name}")
-        need(share >= 0, f"--opponents: the share of {name} is negative")
-    need(sum(shares.values()) > 0, "--opponents: all shares are 0")
-    is_player = args.against in (None, "random", *scripted) or Path(args.against).is_file()
-    need(is_player, f"--against {args.against}: neither a checkpoint nor one of {', '.join(('random', *scripted))}")
+    if unknown := shares.keys() - {"self", "past", *known}:
+        raise InputError(f"--opponents: {args.env_id} has no opponent {', '.join(unknown)}")
+    if min(shares.values()) < 0 or sum(shares.values()) <= 0:
+        raise InputError(f"--opponents {args.opponents}: shares must be 0 or more, and not all 0")
+    if args.against and not (args.evaluate and (args.against in known or Path(args.against).is_file())):
+        raise InputError(f"--against needs --evaluate and a checkpoint or {', '.join(known)}, not {args.against}")
 
 
 def opponent_shares(args: Args) -> dict[str, float]:
@@ -231,8 +166,7 @@ def opponent_shares(args: Args) -> dict[str, float]:
 
 
 # --- environment
-
-EVAL_SEED = 1_000_000_000  # games of evaluations
+EVAL_SEED = 1_000_000_000  # of the games of evaluations
 SCRIPTED = ("max_power", "heuristic")  # poke-env's players, on Showdown
 
 
@@ -241,153 +175,74 @@ def is_showdown(args: Args) -> bool:
 
 
 def make_games(args: Args, seed: int, replay_dir: Path | None = None):
-    """The backend, with `num_envs` slots; environments/games.py says what it does."""
+    """The backend, with `num_envs` slots for games; environments/games.py says what it does."""
     try:
-        if is_showdown(args):
-            if not importlib.util.find_spec("poke_env"):
-                raise InputError("Showdown needs poke-env: pip install -r requirements-envs.txt")
-            from environments.showdown import ShowdownGames
+        if not is_showdown(args):
+            if args.env_id not in pyspiel.registered_names():
+                near = difflib.get_close_matches(args.env_id, pyspiel.registered_names()) or ["leduc_poker"]
+                raise InputError(f"no game {args.env_id}; near: {', '.join(near)}; on Showdown: gen9randombattle")
+            return OpenSpielGames(args.env_id, args.num_envs, seed, json.loads(args.env_kwargs))
+        if not importlib.util.find_spec("poke_env"):
+            raise InputError("Showdown needs poke-env: pip install -r requirements-envs.txt")
+        from environments.showdown import ShowdownGames
 
-            return ShowdownGames(args.env_id, args.num_envs, args.server, seed, args.ko_coef, args.hp_coef, replay_dir)
-        known = pyspiel.registered_names()
-        if args.env_id not in known:
-            near = ", ".join(difflib.get_close_matches(args.env_id, known)) or "leduc_poker, kuhn_poker, liars_dice"
-            raise InputError(f"no game {args.env_id}; near: {near}; on Showdown: gen9randombattle")
-        return OpenSpielGames(args.env_id, args.num_envs, seed, json.loads(args.env_kwargs))
+        return ShowdownGames(args.env_id, args.num_envs, args.server, seed, args.ko_coef, args.hp_coef, replay_dir)
     except (ValueError, TypeError, OSError, pyspiel.SpielError) as error:
         raise InputError(f"{args.env_id}: {' '.join(str(error).split())}") from error
 
 
+# --- network
 def all_sum(x: Tensor) -> Tensor:
-    """The sum of x over all processes, in place."""
+    """The sum of x over all processes, in place. They hold unequal numbers of decisions."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
 
 
-# --- network
-
-HEADS = 4
-
-
-def init_linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
-    layer = nn.Linear(inputs, outputs)
-    nn.init.orthogonal_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-class State(NamedTuple):
-    """What N players remember of their games. Networks without an LSTM or attention leave its part empty."""
-
-    lstm: Tensor  # [N, 2, H] h and c
-    keys: Tensor  # [N, C, H] of the decisions so far; entries from `count` on are garbage
-    values: Tensor  # [N, C, H]
-    count: Tensor  # [N] decisions so far
-
-    def take(self, rows: Tensor) -> "State":
-        return State(*(x[rows] for x in self))
-
-    def put(self, rows: Tensor, new: "State") -> "State":
-        """These rows replaced, in place unless the caches have to grow."""
-        grow = (0, 0, 0, new.keys.shape[1] - self.keys.shape[1])
-        state = State(self.lstm, F.pad(self.keys, grow), F.pad(self.values, grow), self.count) if grow[3] else self
-        for old, x in zip(state, new, strict=True):
-            old[rows] = x
-        return state
-
-    def detach(self) -> "State":
-        return State(*(x.detach() for x in self))
-
-
-class Attention(nn.Module):
-    """Causal self-attention (Vaswani et al. 2017) with layer norm before it and a residual connection around it."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(size)
-        self.qkv = init_linear(size, 3 * size, gain=1.0)
-        self.out = init_linear(size, size, gain=1.0)
-
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, count: Tensor) -> tuple[Tensor, ...]:
-        """x [L, N, H], caches [N, C, H], count [N] -> the same, after L more steps."""
-        position = count[:, None] + torch.arange(len(x), device=x.device)  # [N, L]
-        frequencies = 10_000 ** -torch.linspace(0, 1, x.shape[-1] // 2, dtype=x.dtype, device=x.device)
-        angle = position[..., None] * frequencies  # [N, L, H / 2]
-        x = x.transpose(0, 1)  # [N, L, H]
-        q, k, v = self.qkv(self.norm(x) + torch.cat((angle.sin(), angle.cos()), -1)).chunk(3, -1)
-        keys, values = write(keys, position, k), write(values, position, v)  # [N, C, H]
-        visible = torch.arange(keys.shape[1], device=x.device) <= position[..., None]  # [N, L, C]
-        q, k, v = (y.unflatten(-1, (HEADS, -1)).transpose(1, 2) for y in (q, keys, values))  # [N, heads, L or C, …]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None]).transpose(1, 2).flatten(-2)  # [N, L, H]
-        return (x + self.out(y)).transpose(0, 1), keys, values, count + q.shape[2]
-
-
-def write(cache: Tensor, position: Tensor, new: Tensor) -> Tensor:
-    """A copy of a cache [N, C, H] with new [N, L, H] at position [N, L]; it grows where it has to."""
-    cache = F.pad(cache, (0, 0, 0, max(0, int(position.max()) + 1 - cache.shape[1])))
-    return cache.scatter(1, position[..., None].expand_as(new), new)
-
-
 class Net(nn.Module):
-    """encoder -> LSTM and/or attention -> feed-forward layer (without it if there is an LSTM alone) -> head."""
+    """encoder -> LSTM -> head. Observations are [..., D]; the state [N, 2, H] is the LSTM's h and c."""
 
     def __init__(self, obs_size: int, outputs: int, head_gain: float, args: Args):
         super().__init__()
-        self.size = args.hidden_size
-        self.encoder = nn.Sequential(init_linear(obs_size, self.size, gain=math.sqrt(2)), nn.Tanh())
-        self.lstm = nn.LSTM(self.size, self.size) if "lstm" in args.network else None
-        for name, weight in self.lstm.named_parameters() if self.lstm else ():
-            nn.init.zeros_(weight) if "bias" in name else nn.init.orthogonal_(weight)
-        self.attention = Attention(self.size) if "attention" in args.network else None
-        mlp = nn.Sequential(init_linear(self.size, self.size, gain=math.sqrt(2)), nn.Tanh())
-        self.mlp = mlp if args.network != "lstm" else None
-        self.head = init_linear(self.size, outputs, head_gain)
+        self.recurrent, size = args.recurrent, args.hidden_size
+        self.encoder, self.lstm, self.head = nn.Linear(obs_size, size), nn.LSTM(size, size), nn.Linear(size, outputs)
+        for name, weight in self.named_parameters():
+            gain = {"encoder": math.sqrt(2), "lstm": 1.0, "head": head_gain}[name.partition(".")[0]]
+            nn.init.zeros_(weight) if "bias" in name else nn.init.orthogonal_(weight, gain)
 
-    def initial_state(self, n: int) -> State:
-        like = self.head.weight
-        lstm = like.new_zeros(n, 2, self.size if self.lstm else 0)
-        cache = like.new_zeros(n, 0, self.size if self.attention else 0)
-        return State(lstm, cache, cache, torch.zeros(n, dtype=torch.int64, device=like.device))
+    def initial_state(self, n: int) -> Tensor:
+        return self.head.weight.new_zeros(n, 2, self.lstm.hidden_size)
 
-    def step(self, obs: Tensor, state: State) -> tuple[Tensor, State]:
-        """One decision of N players: obs [N, D] -> outputs [N, outputs], state after it."""
-        outputs, state = self.unroll(obs[None], state)
+    def step(self, obs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """One decision of N players: obs [N, D], state [N, 2, H] -> outputs [N, outputs], the next state."""
+        outputs, state = self.unroll(obs[None], state * self.recurrent)
         return outputs[0], state
 
-    def unroll(self, obs: Tensor, state: State) -> tuple[Tensor, State]:
-        """L decisions of N players: obs [L, N, D], state before the first -> outputs [L, N, outputs], state after."""
-        lstm, keys, values, count = state
-        x = self.encoder(obs)
-        if self.lstm:
-            h, c = lstm.unbind(1)  # each [N, H]
-            x, (h, c) = self.lstm(x, (h[None].contiguous(), c[None].contiguous()))
-            lstm = torch.stack((h[0], c[0]), 1)
-        if self.attention:
-            x, keys, values, count = self.attention(x, keys, values, count)
-        if self.mlp:
-            x = self.mlp(x)
-        return self.head(x), State(lstm, keys, values, count)
+    def unroll(self, obs: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """L decisions of B players: obs [L, B, D], state before the first -> outputs [L, B, outputs], state after."""
+        h, c = state.transpose(0, 1).contiguous().unsqueeze(1)  # each [1, B, H]
+        features, state = self.lstm(self.encoder(obs).tanh(), (h, c))
+        return self.head(features), torch.cat(state).transpose(0, 1)
 
 
 class Agent(nn.Module):
-    """A policy and a value, each with a net of its own. Values are in units of the game's largest payoff."""
+    """A policy and a value, each with a net of its own; the states of both are [2, N, 2, H]. Values are in units of the
+    game's largest payoff."""
 
-    def __init__(self, obs_size: int, unseen_size: int, num_actions: int, args: Args):
+    def __init__(self, games, args: Args):
         super().__init__()
-        self.policy = Net(obs_size, num_actions, 0.01, args)
-        self.value = Net(obs_size + unseen_size, 1, 1.0, args)
+        obs_size = games.obs_size + games.num_actions
+        self.policy = Net(obs_size, games.num_actions, 0.01, args)
+        self.value = Net(obs_size + games.unseen_size, 1, 1.0, args)
 
-    def initial_state(self, n: int) -> tuple[State, State]:
-        return self.policy.initial_state(n), self.value.initial_state(n)
+    def initial_state(self, n: int) -> Tensor:
+        return torch.stack((self.policy.initial_state(n), self.value.initial_state(n)))
 
-    def unroll(
-        self, obs: Tensor, unseen: Tensor, state: tuple[State, State], action_mask: Tensor
-    ) -> tuple[Tensor, Tensor, tuple[State, State]]:
+    def unroll(self, obs: Tensor, unseen: Tensor, state: Tensor, action_mask: Tensor) -> tuple[Tensor, ...]:
         """obs [L, B, D], unseen [L, B, E], mask [L, B, A] -> log-probabilities [L, B, A], values [L, B], states."""
         logits, policy_state = self.policy.unroll(obs, state[0])
         values, value_state = self.value.unroll(torch.cat((obs, unseen), -1), state[1])
-        return masked_logprobs(logits, action_mask), values.squeeze(-1), (policy_state, value_state)
+        return masked_logprobs(logits, action_mask), values.squeeze(-1), torch.stack((policy_state, value_state))
 
 
 def masked_logprobs(logits: Tensor, action_mask: Tensor) -> Tensor:
@@ -395,147 +250,73 @@ def masked_logprobs(logits: Tensor, action_mask: Tensor) -> Tensor:
     return logits.masked_fill(~action_mask, torch.finfo(logits.dtype).min).log_softmax(-1)
 
 
-def sample(logprobs: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Actions [N] of log-probabilities [N, A]; without a generator, the most likely ones."""
-    if generator is None:
-        return logprobs.argmax(-1)
-    exponential = torch.empty_like(logprobs).exponential_(generator=generator)
-    return (logprobs - (exponential + 1e-20).log()).argmax(-1)  # Gumbel noise: the maximum is a sample
+def sample(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Actions [N]; without a generator, the likeliest ones."""
+    if generator:  # the maximum of logits + Gumbel noise is a sample of their softmax
+        logits = logits - (torch.empty_like(logits).exponential_(generator=generator) + 1e-20).log()
+    return logits.argmax(-1)
 
 
 def with_last_action(obs: Tensor, last_action: Tensor, num_actions: int) -> Tensor:
-    """Observations [N, D] and the player's own last action [N] (-1 = none), one-hot -> [N, D + A] (detail 2)."""
-    one_hot = F.one_hot(last_action + 1, num_actions + 1)[:, 1:]
-    return torch.cat((obs, one_hot.to(obs.dtype)), 1)
+    """Observations and the player's own last action [N] (-1 = none), one-hot -> [N, D] (detail 2)."""
+    return torch.cat((obs, F.one_hot(last_action + 1, num_actions + 1)[:, 1:].to(obs.dtype)), 1)
 
 
 # --- games and sequences
-
-
-@dataclass(eq=False)
-class Player:
-    name: str  # random, one of SCRIPTED, or any name of a net
-    net: Net | None = None
-    sequence: bool = True  # False: the net forgets before every decision
-    deterministic: bool = False
-
-
 class Decisions(NamedTuple):
-    """M decisions that were made at the same time."""
+    """Decisions of the learner: those of one turn or, one sequence behind the other, all of an update."""
 
-    sequence: Tensor  # [M] which sequence they belong to
-    obs: Tensor  # [M, D + A]
-    unseen: Tensor  # [M, E] what the critic sees besides
-    action_mask: Tensor  # [M, A]
-    action: Tensor  # [M]
-    logprob: Tensor  # [M]
-    reward: Tensor  # [M] since the previous decision of the sequence
-
-
-class Sequences:
-    """K decisions in S sequences, one behind the other: sequence s is the rows from first[s] on, length[s] of them."""
-
-    def __init__(self, decisions: list[Decisions], last_reward: Tensor):
-        """Sorts decisions into sequences. `last_reward` [sequences] follows each one's last decision; NaN drops it."""
-        sequence, *columns, reward = (torch.cat(column) for column in zip(*decisions, strict=True))
-        order = sequence.argsort(stable=True)  # decisions come in the order of time
-        order = order[last_reward[sequence[order]].isfinite()]
-        self.obs, self.unseen, self.action_mask, self.action, self.logprob = (column[order] for column in columns)
-        number, self.length = sequence[order].unique_consecutive(return_counts=True)
-        self.first = self.length.cumsum(0) - self.length  # [S]
-        self.reward = reward[order].roll(-1)  # what came before the next decision is this one's (detail 3)
-        self.reward[self.first + self.length - 1] = last_reward[number]
-        self.value = self.advantages = self.returns = torch.empty(0)  # [K]
-        self.reference = torch.empty(0)  # [K, A] log-probabilities of the reference policy
+    sequence: Tensor  # [K] the number of its sequence
+    obs: Tensor  # [K, D]
+    unseen: Tensor  # [K, E] what only the critic sees
+    action_mask: Tensor  # [K, A] bool: what may be chosen
+    action: Tensor  # [K]
+    logprob: Tensor  # [K]
+    reward: Tensor  # [K] in a turn, since the sequence's previous decision; in an update, until its next
 
 
-def grid(first: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-    """Row numbers [L, B] of sequences, padded with their last, and a mask of what is not padding."""
-    step = torch.arange(int(length.max()), device=length.device)[:, None]  # [L, 1]
-    return first + torch.minimum(step, length - 1), step < length
+def by_sequence(turns: list[Decisions], last_reward: Tensor) -> Decisions:
+    """Decisions of all turns, in the order of time, one sequence behind the other. `last_reward` [sequences] follows
+    each one's last decision; NaN drops the sequence (detail 3)."""
+    data = Decisions(*(torch.cat(column) for column in zip(*turns, strict=True)))
+    order = data.sequence.argsort(stable=True)
+    data = Decisions(*(column[order[last_reward[data.sequence[order]].isfinite()]] for column in data))
+    after = torch.where(ends(data.sequence), last_reward[data.sequence], data.reward.roll(-1))
+    return data._replace(reward=after)
 
 
-def batches(first: Tensor, length: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Sequences sorted by length and cut into batches wherever they fall below 0.7 of the batch's longest: row numbers
-    [L, B] and a mask of what is not padding (detail 4)."""
-    order = length.argsort(descending=True, stable=True)
-    lengths, begin = length[order].tolist(), 0
-    for end in range(1, len(lengths) + 1):
-        if end == len(lengths) or lengths[end] < 0.7 * lengths[begin]:
-            yield grid(first[order[begin:end]], length[order[begin:end]])
-            begin = end
-
-
-class Seats:
-    """Who sits where and what they remember; row 2 * slot + player of everything."""
-
-    def __init__(self, num_games: int, pairs: list[tuple[Player, Player]], device: torch.device):
-        self.players = list({player: None for pair in pairs for player in pair})
-        self.who = np.zeros(2 * num_games, int)  # an index into players
-        self.sequence = torch.zeros(2 * num_games, dtype=torch.int64, device=device)
-        self.last_action = torch.full((2 * num_games,), -1, device=device)
-        nets = [player.net for player in self.players if player.net]
-        self.state = nets[0].initial_state(2 * num_games) if nets else None
-
-    def begin(self, slot: int, pair: tuple[Player, Player], game: int) -> None:
-        both = slice(2 * slot, 2 * slot + 2)
-        self.who[both] = [self.players.index(player) for player in pair]
-        self.sequence[both] = 2 * game + torch.arange(2, device=self.sequence.device)
-        self.last_action[both] = -1
-        if self.state:
-            self.state.lstm[both], self.state.count[both] = 0, 0
-
-    def decide(
-        self, games, turn: Turn, generator: torch.Generator, learner: Player | None
-    ) -> tuple[Tensor, Decisions | None]:
-        """Actions [M] of everybody whose turn it is, and the decisions of the learner."""
-        device, decisions = generator.device, None
-        seat, obs, action_mask, reward = (torch.from_numpy(x).to(device) for x in turn[:4])
-        obs = with_last_action(obs, self.last_action[seat], games.num_actions)
-        if not torch.isfinite(obs).all():
-            raise FloatingPointError("a game returned a non-finite observation")
-        if len(stuck := (~action_mask.any(1)).nonzero()):
-            raise ValueError(
-                f"the game in slot {int(seat[stuck[0]]) // 2} allows player {int(seat[stuck[0]]) % 2} no action"
-            )
-        action, logits = torch.zeros_like(seat), torch.zeros_like(action_mask, dtype=obs.dtype)
-        for i in np.unique(self.who[turn.seat]):
-            player, rows = self.players[i], torch.from_numpy(np.flatnonzero(self.who[turn.seat] == i)).to(device)
-            if player.name in games.scripted:
-                action[rows] = torch.tensor([games.choose(player.name, s) for s in seat[rows].tolist()], device=device)
-                continue
-            if player.net:
-                before = self.state.take(seat[rows]) if player.sequence else player.net.initial_state(len(rows))
-                logits[rows], after = player.net.step(obs[rows], before)
-                self.state = self.state.put(seat[rows], after) if player.sequence else self.state
-            logprobs = masked_logprobs(logits[rows], action_mask[rows])
-            action[rows] = sample(logprobs, None if player.deterministic else generator)
-            if player is learner:
-                logprob = logprobs.gather(1, action[rows, None])[:, 0]
-                unseen = obs[:, :0] if turn.unseen is None else torch.from_numpy(turn.unseen).to(device)
-                columns = self.sequence[seat], obs, unseen, action_mask, action
-                decisions = Decisions(*(x[rows] for x in columns), logprob, reward[rows])
-        self.last_action[seat] = action
-        return action, decisions
+def ends(sequence: Tensor) -> Tensor:
+    """Whether a decision is the last of its sequence [K]."""
+    last = torch.ones_like(sequence, dtype=torch.bool)
+    last[:-1] = sequence[1:] != sequence[:-1]
+    return last
 
 
 @torch.no_grad()
-def play(
-    games, pairs: list[tuple[Player, Player]], generator: torch.Generator, learner: Player | None = None
-) -> tuple[np.ndarray, Sequences | None, int]:
-    """Plays a game for every pair of players, as many at once as there are slots. Gives the payoffs [G, 2], the
-    sequences of `learner`, and how many games were lost to faults; each of those is played again."""
-    seats = Seats(games.num_games, pairs, generator.device)
+def play(games, pairs: list[tuple], generator: torch.Generator, learner: Net | None = None, sampled: bool = True):
+    """Plays a game for every pair of players, as many at once as there are slots. A player is the Net of a policy, or a
+    name: random, or one of `games.scripted`. Gives payoffs [G, 2], the Decisions of `learner`, None if there are none,
+    and how many games were lost to faults; each of those is played again."""
+    device, seats = generator.device, 2 * games.num_games  # row 2 * slot + player of what a seat remembers
+    players = list({player: None for pair in pairs for player in pair})
+    number = {player: i for i, player in enumerate(players)}
+    who, sequence = np.zeros(seats, int), torch.zeros(seats, dtype=torch.int64, device=device)
+    last_action = torch.full((seats,), -1, device=device)
+    state = next((player.initial_state(seats) for player in players if isinstance(player, Net)), None)
     payoffs = np.full((len(pairs), 2), np.nan, np.float32)
     waiting, free = deque(range(len(pairs))), deque(range(games.num_games))
-    running = {}  # slot -> (pair that plays there, number of the game)
-    last_rewards, decisions = [], []  # [2] of each game, in the order of their start; Decisions
+    running, last_reward, turns = {}, [], []  # pair and game of each slot; [2] of each game in the order of their start
     while np.isnan(payoffs).any():
         starting = [free.popleft() for _ in range(min(len(free), len(waiting)))]
         for slot in starting:
-            pair, game = running[slot] = waiting.popleft(), len(last_rewards)
-            seats.begin(slot, pairs[pair], game)
-            last_rewards.append([np.nan, np.nan])
+            running[slot] = waiting.popleft(), len(last_reward)
+            who[2 * slot : 2 * slot + 2] = [number[player] for player in pairs[running[slot][0]]]
+            last_reward.append([np.nan, np.nan])
+        begun = torch.tensor([2 * slot + player for slot in starting for player in (0, 1)], device=device).long()
+        sequence[begun] = torch.arange(2 * len(last_reward) - len(begun), 2 * len(last_reward), device=device)
+        last_action[begun] = -1
+        if state is not None:
+            state[begun] = 0
         games.start(starting)
         turn = games.observe()
         for slot, payoff, reward in turn.ended:
@@ -544,666 +325,524 @@ def play(
             if payoff is None:
                 waiting.append(pair)
             else:
-                payoffs[pair], last_rewards[game] = payoff, list(reward)
-        action, made = seats.decide(games, turn, generator, learner)
+                payoffs[pair], last_reward[game] = payoff, list(reward)
+
+        # --- whoever has to act
+        seat, action_mask, reward = (torch.from_numpy(x).to(device) for x in (turn.seat, turn.action_mask, turn.reward))
+        obs = with_last_action(torch.from_numpy(turn.obs).to(device), last_action[seat], games.num_actions)
+        unseen = obs[:, :0] if turn.unseen is None else torch.from_numpy(turn.unseen).to(device)
+        if not torch.isfinite(obs).all():
+            raise FloatingPointError("a game returned an observation that is not finite")
+        for stuck in turn.seat[~turn.action_mask.any(1)]:
+            raise ValueError(f"the game in slot {stuck // 2} allows player {stuck % 2} no action at all")
+        action, logits = torch.zeros_like(seat), torch.zeros_like(action_mask, dtype=obs.dtype)
+        for i in np.unique(who[turn.seat]):
+            player, rows = players[i], torch.from_numpy(np.flatnonzero(who[turn.seat] == i)).to(device)
+            if player in games.scripted:
+                action[rows] = torch.tensor([games.choose(player, s) for s in seat[rows].tolist()], device=device)
+                continue
+            if player != "random":
+                logits[rows], state[seat[rows]] = player.step(obs[rows], state[seat[rows]])
+            logprobs = masked_logprobs(logits[rows], action_mask[rows])
+            action[rows] = sample(logprobs, generator if sampled or player == "random" else None)
+            if player is learner:
+                columns = (x[rows] for x in (sequence[seat], obs, unseen, action_mask, action))
+                turns.append(Decisions(*columns, logprobs.gather(1, action[rows, None])[:, 0], reward[rows]))
+        last_action[seat] = action
         games.act(turn.seat, action.cpu().numpy())
-        decisions += [made] if made else []
-    rewards = torch.tensor(last_rewards, dtype=torch.float32, device=generator.device).flatten()
-    return payoffs, Sequences(decisions, rewards) if decisions else None, len(last_rewards) - len(pairs)
+    rewards = torch.tensor(last_reward, dtype=torch.float32, device=device).flatten()
+    return payoffs, by_sequence(turns, rewards) if turns else None, len(last_reward) - len(pairs)
+
+
+def spans(sequence: Tensor) -> tuple[Tensor, Tensor]:
+    """First row and length [S] of each sequence of decisions whose numbers are `sequence` [K]."""
+    _, length = sequence.unique_consecutive(return_counts=True)
+    return length.cumsum(0) - length, length
+
+
+def grid(first: Tensor, length: Tensor) -> Tensor:
+    """Row numbers [L, B] of sequences side by side, -1 behind their ends."""
+    step = torch.arange(int(length.max()), device=length.device)[:, None]  # [L, 1]
+    return torch.where(step < length, first + step, -1)
+
+
+def batches(first: Tensor, length: Tensor) -> Iterator[Tensor]:
+    """Row numbers [L, B] of all sequences, sorted by length and cut wherever they fall below 0.7 of a batch's longest:
+    hardly any padding, which is -1 (detail 4)."""
+    order = length.argsort(descending=True, stable=True)
+    lengths, begin = length[order].tolist(), 0
+    for end in range(1, len(lengths) + 1):
+        if end == len(lengths) or lengths[end] < 0.7 * lengths[begin]:
+            yield grid(first[order[begin:end]], length[order[begin:end]])
+            begin = end
+
+
+class Targets(NamedTuple):
+    reference: Tensor  # [K, A] log-probabilities of the reference policy
+    value: Tensor  # [K]
+    advantage: Tensor  # [K]
+    returns: Tensor  # [K]
 
 
 @torch.no_grad()
-def add_targets(agent: Agent, reference: Net, data: Sequences, args: Args) -> None:
-    """Values and the reference policy's log-probabilities of all decisions, then advantages and returns (detail 3)."""
-    data.value = torch.empty_like(data.reward)  # [K]
-    data.reference = data.obs.new_empty(data.action_mask.shape)  # [K, A]
-    for index, mask in batches(*pieces(data, args)):
-        obs, real, n = data.obs[index], index[mask], index.shape[1]
-        critic_obs = torch.cat((obs, data.unseen[index]), -1)
-        data.value[real] = agent.value.unroll(critic_obs, agent.value.initial_state(n))[0].squeeze(-1)[mask]
+def add_targets(agent: Agent, reference: Net, data: Decisions, pieces: tuple[Tensor, Tensor], args: Args) -> Targets:
+    """What the loss needs beside the decisions. GAE runs over a player's own decisions (detail 3)."""
+    reference_logprobs, value = torch.zeros_like(data.action_mask, dtype=data.obs.dtype), torch.zeros_like(data.reward)
+    for index in batches(*pieces):
+        mask, obs, n = index >= 0, data.obs[index], index.shape[1]
         logits, _ = reference.unroll(obs, reference.initial_state(n))
-        data.reference[real] = masked_logprobs(logits[mask], data.action_mask[real])
-    index, mask = grid(data.first, data.length)  # [L, S]
-    last = index == data.first + data.length - 1
-    reward, value, never = data.reward[index], data.value[index], torch.zeros_like(last)
-    if args.algorithm == "ppo":
-        advantages, returns = gae(reward, value, value.roll(-1, 0), last, never, args.gamma, args.gae_lambda)
-    else:
-        zero = torch.zeros_like(value)
-        returns, _ = gae(reward, zero, zero, last, never, args.gamma, 1.0)  # discounted rewards to go
-        advantages = returns - value if args.baseline else returns
-    data.advantages, data.returns = torch.empty_like(data.reward), torch.empty_like(data.reward)
-    data.advantages[index[mask]], data.returns[index[mask]] = advantages[mask], returns[mask]
+        reference_logprobs[index[mask]] = masked_logprobs(logits[mask], data.action_mask[index[mask]])
+        values, _ = agent.value.unroll(torch.cat((obs, data.unseen[index]), -1), agent.value.initial_state(n))
+        value[index[mask]] = values[mask].squeeze(-1)
+    index = grid(*spans(data.sequence))  # [L, S]
+    reward, values, last = data.reward[index], value[index], ends(data.sequence)[index]
+    columns = gae(reward, values, values.roll(-1, 0), last, torch.zeros_like(last), args.gamma, args.gae_lambda)
+    advantage, returns = torch.empty_like(value), torch.empty_like(value)
+    advantage[index[index >= 0]], returns[index[index >= 0]] = (column[index >= 0] for column in columns)
+    return Targets(reference_logprobs, value, advantage, returns)
 
 
-def pieces(data: Sequences, args: Args) -> tuple[Tensor, Tensor]:
-    """First row and length of each piece that goes through the networks: sequences or, without memory, decisions."""
-    if args.sequence:
-        return data.first, data.length
-    return torch.arange(len(data.action), device=data.first.device), torch.ones_like(data.action)
-
-
-def minibatches(
-    first: Tensor, length: Tensor, num_minibatches: int, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffles the sequences and deals them out."""
-    order = torch.randperm(len(first), generator=generator, device=generator.device)
-    for chosen in order.tensor_split(num_minibatches):
-        yield first[chosen], length[chosen]
-
-
-def automatic_bptt(first: Tensor, length: Tensor, args: Args, num_features: int) -> int:
-    """The most steps whose activations fit `memory_budget_mb` for the largest batch of these sequences; 0 = all. The
-    factors were read off the tensors that autograd keeps of both nets (detail 6)."""
-    longest, widest = int(length.max()), max(index.shape[1] for index, _ in batches(first, length))
-    lstm, attention = "lstm" in args.network, "attention" in args.network
-    caches = 4 * longest * args.hidden_size * attention  # floats of a sequence
-    per_step = num_features + args.hidden_size * (5 + 33 * lstm + 20 * attention) + 2 * longest * attention
-    steps = int((args.memory_budget_mb * 1e6 / 4 / widest - caches) / per_step)
-    return 0 if steps >= longest else max(1, steps)
-
-
-# --- loss
-
-
+# --- PPO
 def sequence_loss(
-    agent: Agent,
-    data: Sequences,
-    index: Tensor,
-    mask: Tensor,
-    state: tuple[State, State],
-    args: Args,
-    num_steps: float,
-    ent_coef: float,
-) -> tuple[Tensor, dict[str, Tensor], tuple[State, State]]:
-    """PPO's clipped loss, or REINFORCE's, of a chunk of sequences (rows `index` [L, B] of the data, real where `mask`)
-    that starts from `state`; metrics; and the state after it. Both are sums over real steps divided by `num_steps`, the
-    real steps of an average minibatch, so that every decision weighs the same (detail 4)."""
+    agent: Agent, data: Decisions, targets: Targets, index: Tensor, state: Tensor, batch_size: float, args: Args
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """PPO's clipped loss (eq. 7, 9) of a chunk of sequences, rows `index` [L, B] of the data, that starts from `state`;
+    metrics; and the state after it. Both are sums over real decisions divided by how many an average minibatch has, so
+    that every decision weighs the same (detail 4)."""
+    mask = index >= 0
     real = index[mask]  # [M]
     logprobs, values, state = agent.unroll(data.obs[index], data.unseen[index], state, data.action_mask[index])
-    logprobs, value = logprobs[mask], values[mask]  # [M, A], [M]
-    probs, advantage = logprobs.exp(), data.advantages[real]
+    logprobs, allowed, advantage = logprobs[mask], data.action_mask[real], targets.advantage[real]
     log_ratio = logprobs.gather(1, data.action[real, None])[:, 0] - data.logprob[real]
-    ratio = log_ratio.exp()
-    if args.algorithm == "ppo":
-        policy_loss = torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef))
-    else:
-        policy_loss = -advantage * log_ratio
-    value_loss = 0.5 * (value - data.returns[real]) ** 2
+    ratio, probs = log_ratio.exp(), logprobs.exp()
+    policy_loss = torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef))
+    value_loss = 0.5 * (values[mask] - targets.returns[real]) ** 2
     entropy = -(probs * logprobs).sum(-1)
-    reference_kl = (probs * (logprobs - data.reference[real])).sum(-1)
+    barrier = -logprobs.masked_fill(~allowed, 0).sum(-1) / allowed.sum(-1)  # detail 7
+    reference_kl = (probs * (logprobs - targets.reference[real])).sum(-1)
+    loss = policy_loss + args.vf_coef * value_loss + args.ref_kl_coef * reference_kl
+    per_step = {  # each [M]
+        "loss": loss - args.ent_coef * entropy + args.barrier_coef * barrier,
+        "policy_loss": policy_loss,
+        "value_loss": value_loss,
+        "entropy": entropy,
+        "barrier": barrier,
+        "reference_kl": reference_kl,
+        "old_approx_kl": -log_ratio,
+        "approx_kl": ratio - 1 - log_ratio,  # http://joschu.net/blog/kl-approx.html
+        "clipfrac": ((ratio - 1).abs() > args.clip_coef).float(),
+    }
+    metrics = {name: x.sum() / batch_size for name, x in per_step.items()} | {"padding": (~mask).sum() / batch_size}
+    metrics["ratio_error"] = (ratio - 1).abs().max()
+    return metrics.pop("loss"), {name: x.detach() for name, x in metrics.items()}, state
 
-    loss = policy_loss + args.vf_coef * value_loss - ent_coef * entropy + args.ref_kl_coef * reference_kl
-    with torch.no_grad():
-        per_step = {
-            "policy_loss": policy_loss,
-            "value_loss": value_loss,
-            "entropy": entropy,
-            "reference_kl": reference_kl,
-            "old_approx_kl": -log_ratio,
-            "approx_kl": ratio - 1 - log_ratio,  # http://joschu.net/blog/kl-approx.html
-            "clipfrac": ((ratio - 1).abs() > args.clip_coef).float(),
-        }
-        metrics = {name: x.sum() / num_steps for name, x in per_step.items()}
-        metrics["ratio_error"] = (ratio - 1).abs().max()
-        metrics["padding"] = (~mask).sum() / num_steps
-    return loss.sum() / num_steps, metrics, state
 
-
-def accumulate(
-    agent: Agent, data: Sequences, first: Tensor, length: Tensor, args: Args, num_steps: float, ent_coef: float
+def descend(
+    agent: Agent,
+    optimizer: torch.optim.Optimizer,
+    data: Decisions,
+    targets: Targets,
+    pieces: tuple[Tensor, Tensor],
+    batch_size: float,
+    args: Args,
 ) -> dict[str, Tensor]:
-    """Adds a minibatch's gradient to the weights' and gives its metrics. The sequences, from rows `first` [S] on,
-    go through the nets in batches of similar length, and these in chunks of `bptt_length` steps; a chunk continues from
-    the memory that the one before left, without its gradient, and is backpropagated before the next (detail 1)."""
-    bptt, chunks = args.bptt_length, []
-    if bptt < 0:
-        bptt = automatic_bptt(first, length, args, 2 * data.obs.shape[1] + data.unseen.shape[1])
-    for index, mask in batches(first, length):
-        memory, size = agent.initial_state(index.shape[1]), bptt or len(index)
-        for chunk in zip(index.split(size), mask.split(size), strict=True):
-            memory = memory[0].detach(), memory[1].detach()
-            loss, metrics, memory = sequence_loss(agent, data, *chunk, memory, args, num_steps, ent_coef)
+    """A step down the gradient of a minibatch, summed over processes and clipped; gives metrics, or raises if it is not
+    finite. Sequences go through the nets in batches, and these in chunks of `bptt_length` decisions; a chunk goes on
+    from the state in which the one before ended, without its gradient, and is backpropagated first (detail 1)."""
+    optimizer.zero_grad()
+    chunks = []  # metrics
+    for index in batches(*pieces):
+        state = agent.initial_state(index.shape[1])
+        length = args.bptt_length or len(index)
+        if length < 0:
+            length = longest_chunk(agent, data, targets, index, args)
+        for rows in index.split(length):
+            loss, metrics, state = sequence_loss(agent, data, targets, rows, state.detach(), batch_size, args)
             loss.backward()
-            chunks.append(metrics)
+            chunks.append(metrics | {"bptt_length": (rows >= 0).sum() / batch_size * length})
+    for weight in agent.parameters():
+        all_sum(weight.grad)
+    norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, error_if_nonfinite=True)
+    optimizer.step()
     columns = {name: torch.stack([chunk[name] for chunk in chunks]) for name in chunks[0]}
-    totals = {name: column.max() if name == "ratio_error" else column.sum() for name, column in columns.items()}
-    return totals | {"bptt_length": torch.tensor(float(bptt), device=first.device)}
+    totals = {name: x.max() if name == "ratio_error" else x.sum() for name, x in columns.items()}
+    return totals | {"grad_norm": norm / (dist.get_world_size() if dist.is_initialized() else 1)}
+
+
+def longest_chunk(agent: Agent, data: Decisions, targets: Targets, index: Tensor, args: Args) -> int:
+    """How many decisions of a batch [L, B] fit `memory_mb`, by what autograd keeps of the first ten (detail 6)."""
+    index, kept = index[:10], {}  # bytes of each storage
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        sequence_loss(agent, data, targets, index, agent.initial_state(index.shape[1]), 1.0, args)
+    for weight in agent.parameters():
+        kept.pop(weight.data_ptr(), None)
+    return max(1, int(args.memory_mb * 1e6 * len(index) / sum(kept.values())))
+
+
+def scheduled(args: Args, done: float) -> Args:
+    """The arguments as they are after a share of the training (detail 7)."""
+    late, held = done >= 0.5, min(1.0, 2 * (1 - done)) if args.anneal_lr else 1.0
+    growth = args.games_growth if late else 1
+    return replace(
+        args,
+        learning_rate=args.learning_rate * held,
+        ent_coef=args.ent_coef + done * (args.ent_coef_final - args.ent_coef),
+        barrier_coef=args.barrier_coef + done * (args.barrier_coef_final - args.barrier_coef),
+        games_per_update=args.games_per_update * growth,
+        ref_rate=min(1.0, args.ref_rate * held * growth),
+    )
 
 
 # --- opponents
-
-
 class Pool:
-    """Frozen copies of the policy, oldest first, and how the learner fared against them lately."""
+    """Snapshots of the policy, by the number of games after which they were made."""
 
-    def __init__(self):
-        self.players: list[Player] = []
-        self.made: list[int] = []  # games played when each was made
-        self.recent: list[deque[float]] = []  # the learner's last payoffs against each
+    def __init__(self, net: Net, size: int = 16):
+        self.nets, self.size = {0: copy.deepcopy(net).requires_grad_(False)}, size
 
-    def add(self, net: Net, num_games: int, args: Args) -> None:
-        frozen = copy.deepcopy(net).requires_grad_(False)
-        self.players.append(Player(f"snapshot_{num_games}", frozen, args.sequence))
-        self.made.append(num_games)
-        self.recent.append(deque(maxlen=100))
-        if len(self.players) > args.pool_size:  # the oldest and the newest stay
-            for i in range(len(self.players) - 2, 0, -2):
-                del self.players[i], self.made[i], self.recent[i]
-
-    def draw(self, how_many: int, sampling: str, generator: torch.Generator) -> list[Player]:
-        """Snapshots to play against, with replacement."""
-        weights = torch.ones(len(self.players))
-        if sampling == "recent":
-            weights[: len(weights) // 2] = 0
-        if sampling == "prioritised":  # Vinyals et al. 2019: (1 - win rate)^2; at least a little of each
-            rates = [points(recent) if recent else 0.5 for recent in self.recent]
-            weights = torch.tensor([(1 - rate) ** 2 + 0.01 for rate in rates])
-        chosen = torch.multinomial(weights.to(generator.device), how_many, replacement=True, generator=generator)
-        return [self.players[i] for i in chosen.tolist()]
-
-    def record(self, pairs: list[tuple[Player, Player]], payoffs: np.ndarray, learner: Player) -> list[float]:
-        """Books the learner's payoffs in these games, [G, 2]; gives those against others than itself."""
-        against_others = []
-        for pair, payoff in zip(pairs, payoffs.tolist(), strict=True):
-            if pair[0] is not pair[1]:
-                seat = pair.index(learner)
-                against_others.append(payoff[seat])
-                if pair[1 - seat] in self.players:
-                    self.recent[self.players.index(pair[1 - seat])].append(payoff[seat])
-        return against_others
-
-    def is_beaten(self, args: Args) -> bool:
-        """The learner beats the newest snapshot in its last 100 games: by win rate on Showdown; elsewhere chance caps
-        win rates, and the mean payoff has to be above 0 by two standard errors."""
-        if len(recent := self.recent[-1]) < 100:
-            return False
-        if is_showdown(args):
-            return points(recent) >= args.snapshot_winrate
-        return np.mean(recent) > 2 * np.std(recent) / math.sqrt(len(recent))
+    def add(self, net: Net, games: int) -> None:
+        self.nets[games] = copy.deepcopy(net).requires_grad_(False)
+        if len(self.nets) > self.size:  # every second one goes; the oldest and the newest stay (detail 11)
+            for i in list(self.nets)[-2:0:-2]:
+                del self.nets[i]
 
     def state_dict(self) -> dict:
-        nets = [player.net.state_dict() for player in self.players]
-        return {"made": self.made, "nets": nets, "recent": [list(recent) for recent in self.recent]}
+        return {games: net.state_dict() for games, net in self.nets.items()}
 
-    def load(self, state: dict, net: Net, args: Args) -> None:
-        self.__init__()
-        for made, weights, recent in zip(*(state[name] for name in ("made", "nets", "recent")), strict=True):
-            self.add(net, made, replace(args, pool_size=len(state["made"])))
-            self.players[-1].net.load_state_dict(weights)
-            self.recent[-1].extend(recent)
+    def load_state_dict(self, state: dict) -> None:
+        like, self.nets = self.nets[0], {}
+        for games, weights in state.items():
+            like.load_state_dict(weights)
+            self.nets[games] = copy.deepcopy(like)
 
 
-def draw_pairs(learner: Player, pool: Pool, args: Args, generator: torch.Generator) -> list[tuple[Player, Player]]:
+def draw_pairs(learner: Net, pool: Pool, args: Args, generator: torch.Generator) -> list[tuple]:
     """The games of an update. Of the snapshots at most four take part, so that batches stay large."""
-    shares = opponent_shares(args)
-    weights = torch.tensor(list(shares.values()), device=generator.device)
-    kinds = torch.multinomial(weights, args.games_per_update, replacement=True, generator=generator).tolist()
-    seats = torch.randint(2, (args.games_per_update,), generator=generator, device=generator.device).tolist()
-    past = pool.draw(4, args.past_sampling, generator) if pool.players else [learner]
-    others = {"self": [learner], "past": past} | {name: [Player(name)] for name in ("random", *SCRIPTED)}
+    shares, device, n = opponent_shares(args), generator.device, args.games_per_update
+    kinds = torch.multinomial(torch.tensor([*shares.values()], device=device), n, True, generator=generator).tolist()
+    seats = torch.randint(2, (n,), generator=generator, device=device).tolist()
+    chosen = torch.randint(len(pool.nets), (4,), generator=generator, device=device).tolist()
+    others = {"self": [learner], "past": [[*pool.nets.values()][i] for i in chosen]}
     pairs = []
     for i, (kind, seat) in enumerate(zip(kinds, seats, strict=True)):
-        choice = others[list(shares)[kind]]
-        pair = learner, choice[i % len(choice)]  # the drawn snapshots in turn
-        pairs.append(pair if seat == 0 else pair[::-1])
+        name = [*shares][kind]
+        opponent = others.get(name, [name])[i % len(others.get(name, [name]))]
+        pairs.append((opponent, learner) if seat else (learner, opponent))
     return pairs
 
 
-def points(payoffs) -> float:
-    """The share of games won; a draw is half a win. NaN without games."""
-    payoffs = np.asarray(payoffs)
-    return float(((payoffs > 0) + 0.5 * (payoffs == 0)).mean()) if len(payoffs) else math.nan
+# --- evaluate, save, load
+def head_to_head(games, a, b, num_games: int, generator: torch.Generator, sampled: bool = True) -> np.ndarray:
+    """Payoffs [num_games] of player a against b, who change seats after every game."""
+    pairs = [(a, b) if i % 2 == 0 else (b, a) for i in range(num_games)]
+    return play(games, pairs, generator, sampled=sampled)[0][np.arange(num_games), np.arange(num_games) % 2]
 
 
-def wilson(rate: float, n: int) -> tuple[float, float]:
-    """The 95% interval of a rate among n games (Wilson 1927)."""
-    z = 1.96
-    middle, width = rate + z**2 / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
-    return (middle - width) / (1 + z**2 / n), (middle + width) / (1 + z**2 / n)
-
-
-def elo(score: np.ndarray, games: np.ndarray) -> np.ndarray:
-    """Ratings [P], mean 0, that make the observed points most likely: score[i, j] are i's points against j in
-    games[i, j] games. The Bradley-Terry model by Hunter's 2004 iteration; a side without any points is given half."""
-    score = np.where(games > 0, np.clip(score, 0.5, games - 0.5), 0)
-    strength = np.ones(len(score))
-    for _ in range(10_000):
-        strength = score.sum(1) / (games / (strength[:, None] + strength)).sum(1)
-        strength /= np.exp(np.log(strength).mean())
-    return 400 * np.log10(strength)
-
-
-# --- evaluate
-
-
-def head_to_head(games, a: Player, b: Player, num_games: int, generator: torch.Generator) -> np.ndarray:
-    """Payoffs [num_games] of a against b, who change seats after every game."""
-    payoffs, _, _ = play(games, [(a, b) if i % 2 == 0 else (b, a) for i in range(num_games)], generator)
-    return payoffs[np.arange(num_games), np.arange(num_games) % 2]
-
-
-def round_robin(games, players: list[Player], num_games: int, generator: torch.Generator) -> np.ndarray:
-    """Elo ratings [P] from `num_games` games of every pair."""
-    score, count = np.zeros((2, len(players), len(players)))
-    rows = [(i, j) for i in range(len(players)) for j in range(len(players)) if i < j for _ in range(num_games)]
-    rows = [row if k % 2 == 0 else row[::-1] for k, row in enumerate(rows)]
-    payoffs, _, _ = play(games, [(players[i], players[j]) for i, j in rows], generator)
-    for (i, j), payoff in zip(rows, payoffs, strict=True):
-        score[i, j] += points(payoff[:1])
-        score[j, i] += points(payoff[1:])
-        count[i, j] += 1
-        count[j, i] += 1
-    return elo(score, count)
+def match_scores(name: str, payoffs: np.ndarray) -> dict[str, float]:
+    """Against an opponent: points (a draw is half a win) with their 95% interval (Wilson 1927), draws, payoffs."""
+    n, z, rate = len(payoffs), 1.96, float(((payoffs > 0) + 0.5 * (payoffs == 0)).mean())
+    middle, half = rate + z**2 / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z**2 / (4 * n**2))
+    low, high = (x / (1 + z**2 / n) for x in (middle - half, middle + half))
+    scores = {"win_rate": rate, "win_rate_low": low, "win_rate_high": high, "draw_rate": (payoffs == 0).mean()}
+    scores |= {"payoff": payoffs.mean(), "payoff_std": payoffs.std()}
+    return {f"selfplay/{key}_vs_{name}": float(score) for key, score in scores.items()}
 
 
 @torch.no_grad()
-def policy_tables(net: Net, levels: list[Level], num_actions: int, sequence: bool = True) -> list[np.ndarray]:
-    """The policy's distributions [M, A] in all information states of a game, each reached as in play: by the steps
-    before it. Without `sequence` it forgets before every decision."""
+def policy_tables(net: Net, levels: list[Level], num_actions: int, memory: bool = True) -> list[np.ndarray]:
+    """The policy's distributions [M, A] in all information states of a game, each reached as in play, by the decisions
+    before it; without memory, from the initial state (detail 9)."""
     tables, state = [], None
     for level in levels:
-        last_action = torch.from_numpy(level.action)
-        obs = with_last_action(torch.from_numpy(level.obs), last_action, num_actions).to(net.head.weight.device)
-        before = state.take(torch.from_numpy(level.parent)) if state and sequence else net.initial_state(len(obs))
+        obs = with_last_action(torch.from_numpy(level.obs), torch.from_numpy(level.action), num_actions)
+        obs = obs.to(net.head.weight.device)
+        before = state[torch.from_numpy(level.parent)] if tables and memory else net.initial_state(len(obs))
         logits, state = net.step(obs, before)
         tables.append(masked_logprobs(logits.cpu(), torch.from_numpy(level.action_mask)).exp().double().numpy())
     return tables
 
 
-def evaluated(agent: Agent, reference: Net, args: Args) -> Player:
-    net = reference if args.eval_average else agent.policy
-    return Player("learner", net, args.sequence, args.eval_deterministic)
-
-
-def assess(games, agent: Agent, reference: Net, pool: Pool, args: Args, final: bool = False) -> dict[str, float]:
-    """Exploitability of the policy, of its moving average (the reference) and of the policy without its memory; win
-    rates against fixed opponents; at the end also Elo ratings."""
-    generator = torch.Generator(agent.value.head.weight.device).manual_seed(args.seed + EVAL_SEED)
-    scores = {}
-    if levels := [] if is_showdown(args) else games.levels:
-        for name, net, sequence in (
-            ("exploitability", agent.policy, args.sequence),
-            ("exploitability_average", reference, args.sequence),
-            ("exploitability_memoryless", agent.policy, False),
-        )[: 3 if final else 2]:
-            tables = policy_tables(net, levels, games.num_actions, sequence)
-            scores[f"selfplay/{name}"] = exploitability(games, levels, tables)
-    learner = evaluated(agent, reference, args)
-    for name in ("random", *games.scripted):
-        payoffs = head_to_head(games, learner, Player(name), args.eval_episodes, generator)
+def assess(games, agent: Agent, reference: Net, args: Args) -> dict[str, float]:
+    """Scores of the policy or, with `eval_average`, of the reference: exploitability where it can be computed, also of
+    the reference and without memory; and matches against fixed opponents, or only `against`."""
+    net, scores = reference if args.eval_average else agent.policy, {"eval/episodes": args.eval_episodes}
+    generator = torch.Generator(net.head.weight.device).manual_seed(args.seed + EVAL_SEED)
+    if not is_showdown(args):
+        games.rng = np.random.default_rng(args.seed + EVAL_SEED)  # every evaluation is dealt the same games
+    if levels := [] if is_showdown(args) or args.against else games.levels:
+        for name, *how in (("", net), ("_average", reference), ("_memoryless", net, False)):
+            tables = policy_tables(how[0], levels, games.num_actions, *how[1:])
+            scores[f"selfplay/exploitability{name}"] = exploitability(games, levels, tables)
+    opponents = {name: name for name in ([args.against] if args.against else ("random", *games.scripted))}
+    if args.against and Path(args.against).is_file():
+        other = copy.deepcopy(agent)
+        load(args.against, **({"reference": other.policy} if args.eval_average else {"agent": other}))
+        opponents = {"opponent": other.policy}
+    for name, opponent in opponents.items():
+        payoffs = head_to_head(games, net, opponent, args.eval_episodes, generator, not args.eval_likeliest)
         scores |= match_scores(name, payoffs)
-    if final and args.elo_games and pool.players:
-        players = [Player("random"), *pool.players, learner]
-        ratings = round_robin(games, players, args.elo_games, generator)
-        for player, rating in zip(players, ratings - ratings[0], strict=True):
-            scores[f"elo/{player.name}"] = rating
-        scores["selfplay/elo"] = ratings[-1] - ratings[0]  # above the random player
-    scores["eval/episodic_return"] = scores["selfplay/payoff_vs_random"]
-    rates = [score for name, score in scores.items() if name.startswith("selfplay/win_rate_vs")]
-    scores["eval/score"] = -scores.get("selfplay/exploitability", -np.mean(rates))  # the higher, the better
-    return {name: float(score) for name, score in scores.items()}
-
-
-def match_scores(name: str, payoffs: np.ndarray) -> dict[str, float]:
-    """Points and their 95% interval, mean payoff and its standard deviation, against an opponent."""
-    rate = points(payoffs)
-    low, high = wilson(rate, len(payoffs))
-    scores = {"win_rate": rate, "win_rate_low": low, "win_rate_high": high}
-    scores |= {"draw_rate": (payoffs == 0).mean(), "payoff": payoffs.mean(), "payoff_std": payoffs.std()}
-    return {f"selfplay/{key}_vs_{name}": float(score) for key, score in scores.items()}
+    first = next(iter(opponents))
+    scores["eval/episodic_return"] = scores[f"selfplay/payoff_vs_{first}"]
+    scores["eval/return_std"] = scores[f"selfplay/payoff_std_vs_{first}"]
+    rates = [scores[f"selfplay/win_rate_vs_{name}"] for name in opponents]
+    scores["eval/score"] = -scores.get("selfplay/exploitability", -fmean(rates))  # the higher, the better
+    return scores
 
 
 def evaluate(args: Args, device: torch.device) -> dict:
-    """The closing summary of a checkpoint, played against the usual opponents or only the one of --against."""
-    state, run_dir = load(args.evaluate, args), Path(args.evaluate).parent
+    """The closing summary of a checkpoint."""
+    run_dir = Path(args.evaluate).parent
     with closing(make_games(args, args.seed + EVAL_SEED, run_dir / "replays" if args.save_replays else None)) as games:
-        agent = Agent(games.obs_size + games.num_actions, games.unseen_size, games.num_actions, args).to(device)
-        reference, pool = copy.deepcopy(agent.policy), Pool()
-        progress = restore({"agent": agent, "reference": reference, "pool": pool}, state, args)
-        if not args.against:
-            return summary(assess(games, agent, reference, pool, args, final=True), progress, args, run_dir)
-        learner = evaluated(agent, reference, args)
-        generator = torch.Generator(device).manual_seed(args.seed + EVAL_SEED)
-        payoffs = head_to_head(games, learner, opponent(args.against, agent, args), args.eval_episodes, generator)
-        return summary(match_scores(args.against, payoffs), progress, args, run_dir)
+        agent = Agent(games, args).to(device)
+        reference = copy.deepcopy(agent.policy)
+        counters = load(args.evaluate, agent=agent, reference=reference)["counters"]
+        return summary(run_dir, counters, assess(games, agent, reference, args))
 
 
-# --- save, load
+def game_scalars(data: Decisions, targets: Targets) -> dict[str, float]:
+    """What to log of an update's games."""
+    taken = torch.bincount(data.action, minlength=data.action_mask.shape[1]) / len(data.action)
+    unexplained = (targets.returns - targets.value).var() / targets.returns.var()
+    return {f"actions/{action}": share for action, share in enumerate(taken.tolist())} | {
+        "charts/episodic_length": float(spans(data.sequence)[1].float().mean()),
+        "losses/explained_variance": 1 - float(unexplained),
+    }
 
 
-@dataclass
-class Progress:
-    """Counters of a run, saved with it."""
-
-    global_step: int = 0  # decisions trained on
-    update: int = 0
-    games: int = 0  # games played to train on
-    lost_games: int = 0  # games lost to faults
-    best: float = -math.inf  # of the best evaluation
-    recent: list[float] = field(default_factory=list)  # the learner's last 100 payoffs in games against others
-    before: dict[str, float] = field(default_factory=dict)  # scores of the untrained policy
+def log_scalars(writer: SummaryWriter, scalars: dict, step: int) -> None:
+    for name, value in scalars.items():
+        if value == value:  # there is one
+            writer.add_scalar(name, value, step)
+    writer.flush()
 
 
-def save(path: Path, parts: dict, progress: Progress, args: Args) -> None:
-    """Writes a checkpoint of tensors and plain types; a crash at any moment leaves the old file or the new one."""
-    state = {name: part.get_state() if name == "rng" else part.state_dict() for name, part in parts.items()}
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state | {"progress": asdict(progress), "args": asdict(args)}, file)
-        file.flush()
+def save(path: Path, parts: dict, counters: dict, args: Args) -> None:
+    """Writes a checkpoint; a kill or a power cut at any moment leaves the old file or the new one."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    with open(path.with_suffix(".tmp"), "wb", buffering=0) as file:
+        torch.save(state | {"counters": counters, "args": asdict(args)}, file)
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    os.replace(path.with_suffix(".tmp"), path)
 
 
-def load(path: str | Path, args: Args | None = None) -> dict:
-    """Reads a checkpoint without running any code that a stranger may have put into it. With `args`, its networks and
-    game must be theirs."""
+def load(path: Path | str, **parts) -> dict:
+    """Reads a checkpoint into `parts`, running no code that a stranger may have put into it."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = state["args"]
-    except Exception as error:
-        raise InputError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from error
-    if unknown := set(saved) ^ {item.name for item in fields(Args)}:
-        raise InputError(f"{path} is a checkpoint of another script, with or without {', '.join(sorted(unknown))}")
-    for name in ("env_id", "env_kwargs", "network", "sequence", "hidden_size") if args else ():
-        if saved[name] != getattr(args, name):
-            raise InputError(f"{path} has {name} {saved[name]}, not {getattr(args, name)}")
-    return state
-
-
-def restore(parts: dict, state: dict, args: Args) -> Progress:
-    try:
         for name, part in parts.items():
-            if name == "rng" and len(state[name]) == len(part.get_state()):
-                part.set_state(state[name])
-            elif name == "rng":  # of a GPU's generator, and this is none, or the other way round
-                part.manual_seed(state["progress"]["global_step"])
-            elif name == "pool":
-                part.load(state[name], parts["agent"].policy, args)
-            else:
-                part.load_state_dict(state[name])
-    except RuntimeError as error:
-        raise InputError(f"the checkpoint does not fit: {' '.join(str(error).split())}") from error
-    return Progress(**state["progress"])
-
-
-def transfer(agent: Agent, state: dict) -> None:
-    """Takes those weights of a checkpoint whose names and shapes fit, and names the others."""
-    own = agent.state_dict()
-    fitting = {name: x for name, x in state["agent"].items() if name in own and own[name].shape == x.shape}
-    agent.load_state_dict(own | fitting)
-    for name in own.keys() - fitting.keys():
-        print(f"not taken from the checkpoint: {name}", file=sys.stderr)
-
-
-def opponent(name: str, agent: Agent, args: Args) -> Player:
-    """The player that --against names: a checkpoint's policy, or one without a net."""
-    if not Path(name).is_file():
-        return Player(name)
-    other = copy.deepcopy(agent)
-    reference = copy.deepcopy(other.policy)
-    restore({"agent": other, "reference": reference}, load(name, args), args)
-    return replace(evaluated(other, reference, args), name=name)
-
-
-def summary(scores: dict[str, float], progress: Progress, args: Args, run_dir: Path) -> dict:
-    """The closing JSON object; None where there is no number."""
-    numbers = {
-        "sps": scores.get("charts/SPS", math.nan),
-        "games": progress.games,
-        "games_per_s": scores.get("selfplay/games_per_s", math.nan),
-        "train_return_mean": float(np.mean(progress.recent or [math.nan])),
-        "eval_return_mean": scores.get(f"selfplay/payoff_vs_{args.against or 'random'}", math.nan),
-        "eval_return_std": scores.get(f"selfplay/payoff_std_vs_{args.against or 'random'}", math.nan),
-    }
-    numbers |= {name.split("/")[1]: x for name, x in scores.items() if name.startswith("selfplay/exploitability")}
-    known = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
-    rates = {name.split("_vs_", 1)[1]: x for name, x in scores.items() if name.startswith("selfplay/win_rate_vs_")}
-    intervals = {name: [scores[f"selfplay/win_rate_{end}_vs_{name}"] for end in ("low", "high")] for name in rates}
-    known |= {"win_rates": rates, "win_rate_intervals": intervals, "before": progress.before}
-    known["elo"] = {name.split("/")[1]: round(x) for name, x in scores.items() if name.startswith("elo/")}
-    return {"run_dir": str(run_dir), "global_step": progress.global_step, "eval_episodes": args.eval_episodes} | known
+            part.load_state_dict(state[name])
+        return {"counters": state["counters"], "args": state["args"]}
+    except Exception as error:
+        reason = " ".join(str(error).split()).partition("weights_only")[0]  # without advice to trust a stranger
+        raise InputError(f"{path} does not fit: {type(error).__name__}: {reason[:300]}") from error
 
 
 # --- train
-
 signals: list[int] = []  # SIGINT and SIGTERM received so far; read once per update
 
 
 def on_signal(number: int, frame) -> None:
     signals.append(number)
     signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+    print("\nfinishing this update, then saving; once more to end at once", file=sys.stderr)
 
 
 def setup(args: Args) -> tuple[torch.device, int, int]:
     """Device, rank and number of processes: one, unless torchrun started more."""
     on_gpu = args.cuda and torch.cuda.is_available()
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu")
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if on_gpu else "gloo")
     torch.set_num_threads(args.torch_threads)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    if "RANK" not in os.environ:
-        return device, 0, 1
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device, dist.get_rank(), dist.get_world_size()
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
+    return device, *((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1))
 
 
-def open_run(args: Args, progress: Progress) -> tuple[Path, SummaryWriter]:
+def open_run(args: Args, global_step: int) -> tuple[Path, SummaryWriter]:
     """The run's folder, with its arguments and the code as it runs, and the writer of its TensorBoard events."""
-    if args.resume:
-        return Path(args.resume), SummaryWriter(args.resume, purge_step=progress.global_step + 1)
-    name, started = f"{args.env_id}__{args.exp_name}__{args.seed}", int(time.time())
-    while (run_dir := Path(args.runs_dir, f"{name}__{started}")).exists():  # begun in the same second
-        started += 1
-    run_dir.mkdir(parents=True)
-    (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
-    shutil.copy(__file__, run_dir)
-    for folder in ("common", "environments"):
-        source, ignore = Path(__file__).parent / folder, shutil.ignore_patterns("__pycache__")
-        shutil.copytree(source, run_dir / folder, ignore=ignore)
-    return run_dir, SummaryWriter(run_dir)
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.3f}".replace("/", "-").replace(":", "-")
+    run_dir = Path(args.resume or f"{args.runs_dir}/{name}")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2))
+    except OSError as error:
+        raise InputError(f"cannot write to {run_dir}: {error.strerror}") from error
+    if not args.resume:
+        shutil.copy(__file__, run_dir)
+        for package in {"common", "environments"} & sys.modules.keys():
+            shutil.copytree(sys.modules[package].__path__[0], run_dir / package)
+    print(f"run folder: {run_dir}", file=sys.stderr)
+    writer = SummaryWriter(run_dir, purge_step=global_step + 1)
+    writer.add_text("args", f"```\n{json.dumps(asdict(args), indent=2)}\n```")
+    return run_dir, writer
 
 
-def progress_bar(args: Args, progress: Progress, rank: int) -> tqdm:
-    """On standard error; where that is no terminal, a line every 30 s."""
-    style = {} if sys.stderr.isatty() else {"mininterval": 30, "bar_format": "{l_bar}{bar}{r_bar}\n"}
-    style |= {"initial": progress.global_step, "unit": "decision", "unit_scale": True, "disable": rank > 0}
-    return tqdm(total=args.total_timesteps, **style)
-
-
-def sum_and_clip(weights: list[nn.Parameter], max_norm: float) -> Tensor:
-    """Sums gradients over processes and clips them; gives their norm, or raises if it is not finite."""
-    for weight in weights:
-        all_sum(weight.grad)
-    return nn.utils.clip_grad_norm_(weights, max_norm, error_if_nonfinite=True)
-
-
-def close_run(args: Args, progress: Progress, run_dir: Path | None, writer: SummaryWriter | None) -> None:
-    if writer is None:
-        return
-    writer.close()
-    if progress.global_step < args.total_timesteps and (run_dir / "checkpoint.pt").exists():
-        print(f"continue with: python {sys.argv[0]} --resume {run_dir}", file=sys.stderr)
-
-
-def mean_metrics(log: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Means over minibatches, summed over processes, each of which holds its share of the sum."""
-    return {name: float(all_sum(torch.stack([entry[name] for entry in log]).mean())) for name in log[0]}
-
-
-def game_scalars(data: Sequences, num_actions: int, pool: Pool, progress: Progress) -> dict[str, float]:
-    """What to log of an update's games."""
-    frequency = (torch.bincount(data.action, minlength=num_actions) / len(data.action)).tolist()
-    scalars = {f"actions/{action}": share for action, share in enumerate(frequency)}
-    if progress.recent:
-        scalars["charts/episodic_return"] = np.mean(progress.recent)
-    return scalars | {
-        "charts/episodic_length": float(data.length.float().mean()),
-        "losses/explained_variance": 1 - float((data.returns - data.value).var() / data.returns.var()),
-        "selfplay/games": progress.games,
-        "selfplay/snapshots": len(pool.players),
-        "selfplay/lost_games": progress.lost_games,
-    }
+def summary(run_dir: Path, counters: dict, scores: dict) -> dict:
+    """The closing JSON object; None where there is no number."""
+    scores = {tag.replace("episodic_return", "return_mean").replace("/", "_"): x for tag, x in scores.items()}
+    result = {"run_dir": str(run_dir)} | counters | {name.removeprefix("selfplay_"): x for name, x in scores.items()}
+    result = {name: round(x, 4) if isinstance(x, float) else x for name, x in result.items() if name != "recent"}
+    return {name: None if x in (math.inf, -math.inf) or x != x else x for name, x in result.items()}
 
 
 def train(args: Args) -> dict:
-    """Trains, evaluates the final weights and returns the closing summary; for Showdown, begin with `Args(**SHOWDOWN)`.
-    Raises InputError before any work if it is asked for what cannot be. A lost server leaves a checkpoint of the last
-    whole update, any other exception the last one on disk."""
+    """Trains, evaluates the final weights and returns the closing summary, empty if a signal came first. Raises
+    InputError, before any work, for what cannot be. A lost server leaves a checkpoint of the last whole update, any
+    other exception the last checkpoint as it is."""
     check(args)
     device, rank, world = setup(args)
     if args.evaluate:
         return evaluate(args, device) if rank == 0 else {}
-    source = f"{args.resume}/checkpoint.pt" if args.resume else args.init_from
-    state = load(source, args if args.resume else None) if source else {}
-    with ExitStack() as stack:
-        resumed = state["progress"]["games"] if args.resume else 0
-        games = stack.enter_context(closing(make_games(args, args.seed + rank + resumed)))
+    counters = {"global_step": 0, "seconds": 0.0, "games": 0, "lost_games": 0, "recent": []}  # recent: last 100 payoffs
+    if args.resume:
+        counters = load(f"{args.resume}/checkpoint.pt")["counters"]
+        if counters["global_step"] >= args.total_timesteps:
+            raise InputError(f"{args.resume} has its steps: --total-timesteps above {counters['global_step']} goes on")
+    seed = args.seed + rank + counters["games"]  # resumed, other games are played
+    games, bar, writer, update, stop = make_games(args, seed), None, None, 0, False
+    try:
         eval_games = games if is_showdown(args) else make_games(args, args.seed + EVAL_SEED)
-        torch.manual_seed(args.seed)  # initial weights; whatever is random later draws from generators
-        agent = Agent(games.obs_size + games.num_actions, games.unseen_size, games.num_actions, args).to(device)
-        optimizer = torch.optim.Adam(agent.parameters(), args.learning_rate, eps=1e-5, fused=True)
-        rng = torch.Generator(device).manual_seed(args.seed + rank)
+        torch.manual_seed(args.seed)  # for the weights; whatever is random later draws from a generator
+        agent = Agent(games, args).to(device)
         if args.init_from:
-            transfer(agent, state)
-        reference, pool, progress = copy.deepcopy(agent.policy).requires_grad_(False), Pool(), Progress()
-        parts = {"agent": agent, "reference": reference, "optimizer": optimizer, "rng": rng, "pool": pool}
-        learner = Player("learner", agent.policy, args.sequence)
+            load(args.init_from, agent=agent)
+        reference, rng = copy.deepcopy(agent.policy).requires_grad_(False), torch.Generator(device).manual_seed(seed)
+        optimizer, pool = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True), Pool(agent.policy)
+        parts = {"agent": agent, "reference": reference, "optimizer": optimizer, "pool": pool}
         if args.resume:
-            progress = restore(parts, state, args)
-            if rank > 0:  # the checkpoint holds the generator of rank 0
-                rng.manual_seed(args.seed + rank + resumed)
-        else:
-            pool.add(agent.policy, 0, args)
-            progress.before = assess(eval_games, agent, reference, pool, args) if rank == 0 else {}
-        if progress.global_step >= args.total_timesteps:
-            raise InputError(f"{args.resume} has its {progress.global_step} steps: raise --total-timesteps")
-        run_dir, writer = open_run(args, progress) if rank == 0 else (None, None)
-        bar = stack.enter_context(progress_bar(args, progress, rank))
-        stack.callback(close_run, args, progress, run_dir, writer)
-        epochs, num_minibatches = (args.update_epochs, args.num_minibatches) if args.algorithm == "ppo" else (1, 1)
-        steps_done, games_done, seconds, stop = 0, 0, 0.0, False
-        while progress.global_step < args.total_timesteps and not stop:
+            load(f"{args.resume}/checkpoint.pt", **parts)
+        if rank == 0:
+            run_dir, writer = open_run(args, counters["global_step"])
+            save(run_dir / "checkpoint.pt", parts, counters, args)
+        tty = {} if sys.stderr.isatty() else {"mininterval": 30, "bar_format": "{l_bar}{bar}{r_bar}\n"}
+        tty |= {"initial": counters["global_step"], "unit_scale": True, "disable": rank > 0}
+        bar = tqdm(total=args.total_timesteps, **tty)
+        while counters["global_step"] < args.total_timesteps and not stop:
             # --- games
             started = time.perf_counter()
-            done = progress.global_step / args.total_timesteps
-            remaining = 1 - done if args.anneal_lr else 1.0
-            optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
-            ent_coef = args.ent_coef + done * (args.ent_coef_final - args.ent_coef)
-            pairs = draw_pairs(learner, pool, args, rng)
+            now = scheduled(args, counters["global_step"] / args.total_timesteps)
+            optimizer.param_groups[0]["lr"] = now.learning_rate
+            pairs = draw_pairs(agent.policy, pool, now, rng)
             try:
-                payoffs, data, lost = play(games, pairs, rng, learner)
+                payoffs, data, lost = play(games, pairs, rng, agent.policy)
             except (ConnectionError, RuntimeError):  # a server that died, or is out of reach
                 if rank == 0:
-                    save(run_dir / "checkpoint.pt", parts, progress, args)
+                    save(run_dir / "checkpoint.pt", parts, counters, args)
                 raise
-            played = time.perf_counter()
 
             # --- values, advantages
-            if data is None or len(data.length) < num_minibatches:
-                raise InputError(f"{args.env_id}: too few decisions for --num-minibatches {num_minibatches}")
-            data.reward /= games.max_payoff
-            add_targets(agent, reference, data, args)
-            num_steps = all_sum(torch.tensor(float(len(data.action)), device=device))
+            data = data._replace(reward=data.reward / games.max_payoff)
+            pieces = spans(data.sequence if args.recurrent else torch.arange(len(data.action), device=device))
+            if len(pieces[0]) < args.num_minibatches:
+                raise InputError(f"too few decisions for --num-minibatches {args.num_minibatches}")
+            targets = add_targets(agent, reference, data, pieces, args)
+            num_steps = float(all_sum(torch.tensor(float(len(data.action)), device=device)))
             if args.norm_adv:
-                mean = all_sum(data.advantages.sum()) / num_steps
-                std = (all_sum((data.advantages - mean).square().sum()) / num_steps).sqrt()
-                data.advantages = (data.advantages - mean) / (std + 1e-8)
+                advantage = targets.advantage - all_sum(targets.advantage.sum()) / num_steps
+                std = (all_sum(advantage.square().sum()) / num_steps).sqrt()
+                targets = targets._replace(advantage=advantage / (std + 1e-8))
 
-            # --- PPO or REINFORCE
-            log = []  # metrics of each minibatch
-            for _ in range(epochs):
-                for first, length in minibatches(*pieces(data, args), num_minibatches, rng):
-                    optimizer.zero_grad()
-                    batch_size = float(num_steps) / num_minibatches
-                    metrics = accumulate(agent, data, first, length, args, batch_size, ent_coef)
-                    metrics["grad_norm"] = sum_and_clip(list(agent.parameters()), args.max_grad_norm) / world
-                    metrics["bptt_length"] /= world
-                    optimizer.step()
-                    log.append(metrics)
-                if args.target_kl and mean_metrics(log[-num_minibatches:])["approx_kl"] > args.target_kl:
+            # --- PPO
+            log = []  # metrics of each minibatch: each process holds its share of the sum
+            for _ in range(args.update_epochs):
+                order = torch.randperm(len(pieces[0]), generator=rng, device=device)
+                for chosen in order.tensor_split(args.num_minibatches):
+                    some = pieces[0][chosen], pieces[1][chosen]
+                    log.append(descend(agent, optimizer, data, targets, some, num_steps / args.num_minibatches, now))
+                kl = torch.stack([metrics["approx_kl"] for metrics in log[-args.num_minibatches :]]).mean()
+                if args.target_kl and all_sum(kl) > args.target_kl:
                     break
-            scalars = {f"losses/{name}": mean for name, mean in mean_metrics(log).items()}
-            scalars |= {f"selfplay/{name}": scalars.pop(f"losses/{name}") for name in ("padding", "bptt_length")}
+            means = {name: torch.stack([metrics[name] for metrics in log]).mean() for name in log[0]}
+            scalars = {f"losses/{name}": float(all_sum(x)) for name, x in means.items()}
 
             # --- reference, snapshots, counters
             with torch.no_grad():
                 for old, new in zip(reference.parameters(), agent.policy.parameters(), strict=True):
-                    old.lerp_(new, args.ref_rate * remaining)
-            progress.update, progress.games = progress.update + 1, progress.games + world * args.games_per_update
-            progress.global_step += int(num_steps)
-            progress.lost_games += lost
-            progress.recent = [*progress.recent, *pool.record(pairs, payoffs, learner)][-100:]
-            beaten = all_sum(torch.tensor(float(pool.is_beaten(args)), device=device)) > world / 2
-            if beaten or progress.games - pool.made[-1] >= args.snapshot_every:
-                pool.add(agent.policy, progress.games, args)
-            stop = bool(all_sum(torch.tensor(float(len(signals)), device=device)))
-            stop = stop and progress.global_step < args.total_timesteps  # else only the last evaluation is left
-            steps_done, games_done = steps_done + int(num_steps), games_done + world * args.games_per_update
-            seconds += time.perf_counter() - started
+                    old.lerp_(new, now.ref_rate)
+            update += 1
+            counters["global_step"] += int(num_steps)
+            counters["games"] += world * len(pairs)
+            counters["lost_games"] += lost
+            counters["seconds"] += time.perf_counter() - started
+            if counters["games"] - max(pool.nets) >= args.snapshot_every:
+                pool.add(agent.policy, counters["games"])
+            done = counters["global_step"] >= args.total_timesteps
+            stop = bool(all_sum(torch.tensor(float(len(signals)), device=device))) and not done
             if rank > 0:
                 continue
 
-            # --- log, evaluate, save
-            scalars["losses/first_ratio_error"] = error = float(log[0]["ratio_error"])
-            if error > 1e-3:
-                warnings.warn("games and update compute different log-probabilities", stacklevel=1)
-            scalars |= game_scalars(data, games.num_actions, pool, progress)
-            scalars["charts/learning_rate"] = args.learning_rate * remaining
-            scalars["charts/SPS"], scalars["selfplay/games_per_s"] = steps_done / seconds, games_done / seconds
-            scalars["selfplay/play_share"] = (played - started) / (time.perf_counter() - started)
-            final = progress.global_step >= args.total_timesteps
-            due = final or (args.checkpoint_every and progress.update % args.checkpoint_every == 0)
-            if stop or due:
-                save(run_dir / "checkpoint.pt", parts, progress, args)
-            if due and not stop:
-                scalars |= assess(eval_games, agent, reference, pool, args, final)
-                if scalars["eval/score"] > progress.best:
-                    progress.best = scalars["eval/score"]
-                    for name in ("best.pt", "checkpoint.pt"):
-                        save(run_dir / name, parts, progress, args)
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, progress.global_step)
-            postfix = f"{scalars['charts/SPS']:.0f} decisions/s, {scalars['selfplay/games_per_s']:.1f} games/s"
-            bar.set_postfix_str(f"{postfix}, best score {progress.best:.3f}", refresh=False)
+            # --- log, save, evaluate
+            booked = zip(pairs, payoffs.tolist(), strict=True)  # the learner's payoffs in games against others
+            booked = [payoff[pair[1] is agent.policy] for pair, payoff in booked if pair[0] is not pair[1]]
+            counters["recent"] = [*counters["recent"], *booked][-100:]
+            counters["train_return_mean"] = fmean(counters["recent"] or [math.nan])
+            counters["sps"] = scalars["charts/SPS"] = counters["global_step"] / counters["seconds"]
+            scalars["selfplay/games_per_s"] = counters["games"] / counters["seconds"]
+            scalars["charts/learning_rate"] = now.learning_rate
+            scalars["charts/episodic_return"] = counters["train_return_mean"]
+            scalars["losses/first_ratio_error"] = float(log[0]["ratio_error"])
+            if scalars["losses/first_ratio_error"] > 1e-3:
+                bar.write("warning: games and update compute different log-probabilities", file=sys.stderr)
+            scalars |= game_scalars(data, targets) | {
+                f"selfplay/{name}": counters[name] for name in ("games", "lost_games")
+            }
+            bar.set_postfix_str(f"{counters['games']:,} games", refresh=False)
             bar.update(min(int(num_steps), bar.total - bar.n))
-    return {} if rank > 0 or stop else summary(scalars, progress, args, run_dir)
-
-
-def verdict(result: dict) -> str:
-    """One line for people."""
-    before, rates = result["before"], result["win_rates"]
-    if "exploitability" in result:
-        now = f"{result['exploitability']:.3f} (moving average of the policy: {result['exploitability_average']:.3f})"
-        return f"exploitability: before {before['selfplay/exploitability']:.3f} | now {now} | equilibrium 0"
-    parts = []
-    for name, rate in rates.items():
-        old = before.get(f"selfplay/win_rate_vs_{name}")
-        parts.append(f"won against {name}: " + ("" if old is None else f"before {old:.0%}, ") + f"now {rate:.0%}")
-    return " | ".join(parts)
+            log_scalars(writer, scalars, counters["global_step"])
+            due = done or (args.checkpoint_every and update % args.checkpoint_every == 0)
+            if due or stop:
+                save(run_dir / "checkpoint.pt", parts, counters, args)
+            if due and not stop:
+                scores = assess(eval_games, agent, reference, args)
+                log_scalars(writer, scores, counters["global_step"])
+                if scores["eval/score"] > counters.get("best", -math.inf):
+                    counters["best"] = scores["eval/score"]
+                    for name in ("best.pt", "checkpoint.pt"):
+                        save(run_dir / name, parts, counters, args)
+    finally:
+        for part in (games, bar, writer):
+            if part is not None:
+                part.close()
+        if writer and counters["global_step"] < args.total_timesteps:
+            print(f"continue with: python {sys.argv[0]} --resume {run_dir}", file=sys.stderr)
+    return {} if rank > 0 or stop else summary(run_dir, counters, scores)
 
 
 def main() -> None:
-    args = tyro.cli(Args)
-    if is_showdown(args):
-        args = tyro.cli(Args, default=Args(**SHOWDOWN))
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
+    given = re.search(r"--env[-_]id[ =](\S+)", " ".join(sys.argv))
+    args = tyro.cli(Args, default=Args(env_id=given[1]) if given else Args())
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         if source := args.evaluate or (args.resume and f"{args.resume}/checkpoint.pt"):
-            saved = load(source)["args"] | {"evaluate": args.evaluate, "resume": args.resume, "init_from": None}
+            saved, known = load(source)["args"], {field.name for field in fields(Args)}
+            if missing := known - saved.keys():
+                print(f"{source} has no {', '.join(sorted(missing))}: the default is taken", file=sys.stderr)
+            saved = {name: x for name, x in saved.items() if name in known}
+            saved |= {"evaluate": args.evaluate, "resume": args.resume, "init_from": None}
             args = tyro.cli(Args, default=Args(**saved))
         result = train(args)
-        if dist.is_initialized():
-            dist.destroy_process_group()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    if signals and not result:
-        sys.exit(128 + signals[0])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        received, signals[:] = signals[:], []
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if received:
+        sys.exit(128 + received[0])
     if result:
-        print(verdict(result))
+        known = {name.removeprefix("win_rate_vs_"): x for name, x in result.items() if name.startswith("win_rate_vs_")}
+        known = ", ".join(f"won {x:.0%} against {name}" for name, x in known.items())
+        if "exploitability" in result:
+            known += f" | exploitability {result['exploitability']}, average policy {result['exploitability_average']}"
+        print(known)
         print(f"watch: tensorboard --logdir {args.runs_dir}")
         print(f"evaluate: python {sys.argv[0]} --evaluate {result['run_dir']}/checkpoint.pt")
         print(json.dumps(result))

@@ -6,7 +6,7 @@
     python benchmark/learning.py flycraft        # 10 minutes; needs requirements-envs.txt
     python benchmark/learning.py kuhn            # 4 minutes
     python benchmark/learning.py leduc           # 25 minutes
-    python benchmark/learning.py leduc_ablation  # 8 minutes
+    python benchmark/learning.py leduc_ablation  # two hours
     python benchmark/learning.py phantom_go      # 8 minutes
     python benchmark/learning.py worldmodel      # two hours
     python benchmark/learning.py planning        # 15 minutes; planning_settings and planning_acrobot likewise
@@ -35,13 +35,11 @@ HERE = Path(__file__).parent
 CARTPOLE = "ppo_lstm_predictor.py --env-id CartPole-v1 --visible 0 2 --total-timesteps 100000 --eval-episodes 100"
 LANDER = "ppo_lstm_predictor.py --horizon 200 --eval-episodes 100 --checkpoint-every 0"
 FLYCRAFT = "ppo_lstm_predictor.py --env-id environments.flycraft:FlyCraftEasy-v0 --vectorization async"
-SELFPLAY = "sequence_ppo_selfplay.py --eval-episodes 1000 --elo-games 0"
-KUHN = "--total-timesteps 1500000 --ref-kl-coef 0.5 --ref-rate 0.05 --ent-coef-final 0.005"
-LEDUC = f"{SELFPLAY} --checkpoint-every 50"
-SHORT = f"{LEDUC} --total-timesteps 1500000"
+SELFPLAY = "sequence_ppo_selfplay.py --eval-episodes 1000 --checkpoint-every 25"
+NORMALISED = "--ent-coef 0.05 --ent-coef-final 0.02 --barrier-coef 0.05 --barrier-coef-final 0.003 --ref-kl-coef 0.4"
 GO = 'sequence_ppo_selfplay.py --env-id phantom_go --env-kwargs {"board_size":5} --num-envs 128 --games-per-update 128'
 GO += " --total-timesteps 300000 --hidden-size 128 --checkpoint-every 10 --update-epochs 2 --num-minibatches 2"
-GO += " --gae-lambda 0.95 --elo-games 0"
+GO += " --gae-lambda 0.95"
 WORLDMODEL = "worldmodel_a2c.py --eval-episodes 100 --checkpoint-every 0"
 A2C = "--update-epochs 1 --num-minibatches 1 --num-steps 8 --no-planning"
 ACROBOT = "worldmodel_a2c.py --env-id Acrobot-v1 --checkpoint-every 0 --total-timesteps 30720 --no-anneal-lr"
@@ -70,18 +68,20 @@ TASKS = {  # task: (seeds, title, {label: command}), and what is plotted if not 
     "kuhn": (
         range(1, 4),
         "Kuhn poker",
-        {"self-play": f"{SELFPLAY} --env-id kuhn_poker --checkpoint-every 20 {KUHN}"},
+        {"self-play": f"{SELFPLAY} --env-id kuhn_poker"},
         [EXPLOITABILITY, AVERAGE],
     ),
-    "leduc": (range(1, 4), "Leduc poker", {"self-play": LEDUC}, [EXPLOITABILITY, AVERAGE]),
+    "leduc": (range(1, 4), "Leduc poker", {"self-play": SELFPLAY}, [EXPLOITABILITY, AVERAGE]),
     "leduc_ablation": (
         range(1, 4),
-        "Leduc poker, 1.5 million decisions",
+        "Leduc poker: what the recipe's parts are worth",
         {
-            "default": SHORT,
-            "no memory (--no-sequence)": f"{SHORT} --no-sequence",
-            "no reference (--ref-kl-coef 0)": f"{SHORT} --ref-kl-coef 0",
-            "past opponents too (self:0.7,past:0.3)": f"{SHORT} --opponents self:0.7,past:0.3",
+            "default": SELFPLAY,
+            "no barrier": f"{SELFPLAY} --barrier-coef 0 --barrier-coef-final 0",
+            "as many games to the end": f"{SELFPLAY} --games-growth 1",
+            "advantages normalised": f"{SELFPLAY} --norm-adv {NORMALISED}",
+            "no reference": f"{SELFPLAY} --ref-kl-coef 0",
+            "no memory": f"{SELFPLAY} --no-recurrent",
         },
         [EXPLOITABILITY, AVERAGE],
     ),
@@ -91,7 +91,7 @@ TASKS = {  # task: (seeds, title, {label: command}), and what is plotted if not 
         {
             "whole games": f"{GO}",
             **{f"{n} decisions": f"{GO} --bptt-length {n}" for n in (50, 20, 10)},
-            "no memory (--no-sequence)": f"{GO} --no-sequence",
+            "no memory (--no-recurrent)": f"{GO} --no-recurrent",
         },
         ["selfplay/payoff_vs_random"],
     ),

@@ -30,7 +30,7 @@ def script(*args: str) -> dict:
 def curves(run_dir: str) -> list[dict]:
     """What evaluations and training logged, a row for each update."""
     events = EventAccumulator(run_dir, size_guidance={"scalars": 0}).Reload()
-    names = ("selfplay/games", "selfplay/win_rate", "losses/", "charts/", "selfplay/play_share")
+    names = ("selfplay/games", "selfplay/win_rate", "losses/", "charts/")
     rows = {}
     for tag in events.Tags()["scalars"]:
         for event in events.Scalars(tag) if tag.startswith(names) else ():
@@ -63,13 +63,13 @@ def main() -> None:
     plot(rows)
     finals = []
     for name in ("checkpoint.pt", "best.pt"):
-        games = torch.load(f"{run_dir}/{name}", weights_only=True)["progress"]["games"]
+        games = torch.load(f"{run_dir}/{name}", weights_only=True)["counters"]["games"]
         for opponent in OPPONENTS:
             flags = ("--against", opponent, "--eval-episodes", "500", "--num-envs", "25")
             result = script("--evaluate", f"{run_dir}/{name}", *flags)
-            low, high = result["win_rate_intervals"][opponent]
             row = {"weights": name, "battles_trained_on": games, "opponent": opponent, "battles": 500}
-            finals.append(row | {"win_rate": result["win_rates"][opponent], "low": low, "high": high})
+            keys = {"win_rate": "win_rate", "low": "win_rate_low", "high": "win_rate_high"}
+            finals.append(row | {key: result[f"{name}_vs_{opponent}"] for key, name in keys.items()})
             print(finals[-1], flush=True)
             write(HERE / "results" / "showdown_final.csv", finals)
 

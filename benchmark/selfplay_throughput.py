@@ -35,9 +35,13 @@ def write(name: str, rows: list[dict]) -> None:
 def training(args: selfplay.Args) -> dict[str, float]:
     """Decisions/s and games/s of a short training run, evaluations and start aside."""
     with tempfile.TemporaryDirectory() as runs_dir:
-        args = selfplay.replace(args, runs_dir=runs_dir, elo_games=0, eval_episodes=2, checkpoint_every=0)
+        args = selfplay.replace(args, runs_dir=runs_dir, eval_episodes=2, checkpoint_every=0)
         result = selfplay.train(args)
-    return {"games": result["games"], "decisions_per_s": result["sps"], "games_per_s": result["games_per_s"]}
+    return {
+        "games": result["games"],
+        "decisions_per_s": result["sps"],
+        "games_per_s": result["games"] / result["seconds"],
+    }
 
 
 def openspiel() -> None:
@@ -109,7 +113,7 @@ class Clock:
 
 def showdown_training(num_envs: int, num_battles: int) -> dict[str, float]:
     """Battles/s of training, and CPU seconds a battle: server, poke-env's thread, observations, networks, update. The
-    evaluations before and after training (2 battles against each opponent) are in the CPU seconds."""
+    evaluation after training (2 battles against each opponent) is in the CPU seconds."""
     from environments import showdown
 
     clocks = {
@@ -119,7 +123,7 @@ def showdown_training(num_envs: int, num_battles: int) -> dict[str, float]:
     }
     clocks["update_backward"] = Clock(torch.Tensor, "backward")
     server, process, main = resource.getrusage(resource.RUSAGE_CHILDREN), time.process_time(), time.thread_time()
-    args = selfplay.Args(**(selfplay.SHOWDOWN | {"env_id": "gen9randombattle", "num_envs": num_envs}))
+    args = selfplay.Args(env_id="gen9randombattle", num_envs=num_envs)
     rate = training(selfplay.replace(args, games_per_update=num_battles // 2, total_timesteps=115 * num_battles))
     for clock in clocks.values():
         clock.undo()
@@ -128,7 +132,7 @@ def showdown_training(num_envs: int, num_battles: int) -> dict[str, float]:
     cpu["server"] = after.ru_utime + after.ru_stime - server.ru_utime - server.ru_stime
     cpu["poke_env_thread"] = time.process_time() - process - (time.thread_time() - main)
     cpu["main_thread_other"] = time.thread_time() - main - sum(clock.cpu for clock in clocks.values())
-    battles = rate["games"] + 12  # 2 against each of 3 opponents, before and after
+    battles = rate["games"] + 6  # 2 against each of 3 opponents
     return rate | {f"cpu_{name}_per_battle": seconds / battles for name, seconds in cpu.items()}
 
 

@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -23,7 +24,7 @@ sys.path.insert(0, str(HERE.parent))
 import sequence_ppo_selfplay as selfplay  # noqa: E402
 
 
-def long_sequences(num_sequences: int, num_features: int, num_actions: int) -> selfplay.Sequences:
+def long_sequences(num_sequences: int, num_features: int, num_actions: int) -> selfplay.Decisions:
     """Random contents in sequences of 20 to 100 decisions, as of Pokémon battles."""
     rng, decisions = torch.Generator().manual_seed(0), []
     for number in range(num_sequences):
@@ -34,37 +35,41 @@ def long_sequences(num_sequences: int, num_features: int, num_actions: int) -> s
         action = (torch.rand(length, num_actions, generator=rng) * action_mask).argmax(1)
         columns = obs, obs[:, :0], action_mask, action, -torch.rand(length, generator=rng), torch.zeros(length)
         decisions.append(selfplay.Decisions(torch.full((length,), number), *columns))
-    return selfplay.Sequences(decisions, torch.randn(num_sequences, generator=rng))
+    return selfplay.by_sequence(decisions, torch.randn(num_sequences, generator=rng))
 
 
-def leduc_sequences(args: selfplay.Args) -> tuple[selfplay.Sequences, selfplay.Agent]:
+def leduc_sequences(args: selfplay.Args) -> tuple[selfplay.Decisions, selfplay.Agent]:
     games = selfplay.make_games(args, 0)
-    agent = selfplay.Agent(games.obs_size + games.num_actions, games.unseen_size, games.num_actions, args)
-    player = selfplay.Player("learner", agent.policy)
-    pairs = [(player, player)] * args.games_per_update
-    return selfplay.play(games, pairs, torch.Generator().manual_seed(0), player)[1], agent
+    agent = selfplay.Agent(games, args)
+    pairs = [(agent.policy, agent.policy)] * args.games_per_update
+    return selfplay.play(games, pairs, torch.Generator().manual_seed(0), agent.policy)[1], agent
 
 
 def gradient(agent: selfplay.Agent) -> torch.Tensor:
     return torch.cat([weight.grad.flatten() for weight in agent.parameters()])
 
 
-def batched(agent, data, args) -> None:
-    selfplay.accumulate(agent, data, data.first, data.length, args, float(len(data.action)), 0.01)
+def batched(agent, data, targets, args) -> None:
+    for index in selfplay.batches(*selfplay.spans(data.sequence)):
+        sequence_loss(agent, data, targets, index, args)
 
 
-def sequences(agent, data, args) -> None:
-    for first, length in zip(data.first.split(1), data.length.split(1), strict=True):
-        selfplay.accumulate(agent, data, first, length, args, float(len(data.action)), 0.01)
+def sequences(agent, data, targets, args) -> None:
+    for first, length in zip(*(x.split(1) for x in selfplay.spans(data.sequence)), strict=True):
+        sequence_loss(agent, data, targets, selfplay.grid(first, length), args)
 
 
-def steps(agent, data, args) -> None:
-    for first, length in zip(data.first.tolist(), data.length.tolist(), strict=True):
-        memory, total = agent.initial_state(1), 0
+def sequence_loss(agent, data, targets, index, args) -> None:
+    state = agent.initial_state(index.shape[1])
+    selfplay.sequence_loss(agent, data, targets, index, state, float(len(data.action)), args)[0].backward()
+
+
+def steps(agent, data, targets, args) -> None:
+    for first, length in zip(*(x.tolist() for x in selfplay.spans(data.sequence)), strict=True):
+        state, total = agent.initial_state(1), 0
         for k in range(first, first + length):
-            index, mask = torch.tensor([[k]]), torch.ones(1, 1, dtype=torch.bool)
-            loss, _, memory = selfplay.sequence_loss(
-                agent, data, index, mask, memory, args, float(len(data.action)), 0.01
+            loss, _, state = selfplay.sequence_loss(
+                agent, data, targets, torch.tensor([[k]]), state, float(len(data.action)), args
             )
             total = total + loss
         total.backward()
@@ -77,21 +82,24 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     leduc_args = selfplay.Args(num_envs=1024, games_per_update=1024)
-    battle_args = selfplay.Args(**(selfplay.SHOWDOWN | {"env_id": "gen9randombattle"}))
-    battles = long_sequences(64, 700, 14), selfplay.Agent(700, 0, 14, battle_args)
+    battle_args, sizes = (
+        selfplay.Args(env_id="gen9randombattle"),
+        SimpleNamespace(obs_size=686, unseen_size=0, num_actions=14),
+    )
+    battles = long_sequences(64, 700, 14), selfplay.Agent(sizes, battle_args)
     tasks = {
         "leduc_poker, 1,024 games": (*leduc_sequences(leduc_args), leduc_args),
         "64 sequences of 20 to 100 decisions, 700 features": (*battles, battle_args),
     }
     rows = []
     for task, (data, agent, args) in tasks.items():
-        selfplay.add_targets(agent, agent.policy, data, args)
+        targets = selfplay.add_targets(agent, agent.policy, data, selfplay.spans(data.sequence), args)
         for round in range(rounds):
             seconds, expected = {}, None
             for way in (batched, sequences, steps):
                 agent.zero_grad()
                 started = time.perf_counter()
-                way(agent, data, args)
+                way(agent, data, targets, args)
                 seconds[way.__name__] = time.perf_counter() - started
                 expected = gradient(agent) if expected is None else expected
                 assert (gradient(agent) - expected).norm() < 1e-5 * expected.norm(), way.__name__

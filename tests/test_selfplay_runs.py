@@ -8,16 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    LAUNCHERS,
-    assert_refused,
-    checkpoints_equal,
-    run,
-    run_from_shell,
-    start,
-    step_of,
-    wait_for_checkpoint,
-)
+from helpers import LAUNCHERS, assert_refused, checkpoints_equal, run, start, step_of, wait_for_checkpoint
 from toys import same_but_for_time, scalars
 
 SMALL = {
@@ -27,7 +18,6 @@ SMALL = {
     "num_minibatches": 2,
     "hidden_size": 8,
     "eval_episodes": 10,
-    "elo_games": 4,
     "snapshot_every": 128,
     "checkpoint_every": 3,
     "opponents": "self:0.5,past:0.4,random:0.1",
@@ -40,13 +30,11 @@ def small_run(selfplay, folder, **changes):
     return selfplay.train(args)
 
 
-@pytest.mark.parametrize("network", ["lstm", "attention", "lstm_attention", "mlp"])
-def test_the_same_seed_gives_the_same_scalars(selfplay, tmp_path, network):
-    first, second = (small_run(selfplay, tmp_path / name, network=network) for name in "ab")
-    tags = scalars(first["run_dir"])
-    others = scalars(second["run_dir"])
-    for tag in ("selfplay/games_per_s", "selfplay/play_share"):
-        del tags[tag], others[tag]
+@pytest.mark.parametrize("recurrent", [True, False])
+def test_the_same_seed_gives_the_same_scalars(selfplay, tmp_path, recurrent):
+    first, second = (small_run(selfplay, tmp_path / name, recurrent=recurrent) for name in "ab")
+    tags, others = (scalars(result["run_dir"]) for result in (first, second))
+    del tags["selfplay/games_per_s"], others["selfplay/games_per_s"]
     same_but_for_time(tags, others)
     assert first["exploitability"] == second["exploitability"]
 
@@ -54,8 +42,8 @@ def test_the_same_seed_gives_the_same_scalars(selfplay, tmp_path, network):
 def test_logged_action_frequencies_are_those_of_the_games(selfplay, tmp_path, monkeypatch):
     real, counts = selfplay.play, []
 
-    def spy(games, pairs, generator, learner=None):
-        payoffs, data, lost = real(games, pairs, generator, learner)
+    def spy(*args, **how):
+        payoffs, data, lost = real(*args, **how)
         if data is not None:
             counts.append(np.bincount(data.action.numpy(), minlength=2) / len(data.action))
         return payoffs, data, lost
@@ -68,26 +56,42 @@ def test_logged_action_frequencies_are_those_of_the_games(selfplay, tmp_path, mo
 
 
 def test_10_first_ratio_is_one_in_every_update(selfplay, tmp_path):
-    result = small_run(selfplay, tmp_path, network="lstm_attention", num_envs=7, env_id="leduc_poker")
+    result = small_run(selfplay, tmp_path, num_envs=7, env_id="leduc_poker")
     assert all(error < 1e-4 for _, error in scalars(result["run_dir"])["losses/first_ratio_error"])
 
 
-def test_evaluation_plays_the_policy_or_its_average(selfplay):
-    args = selfplay.Args(hidden_size=8)
-    agent = selfplay.Agent(5, 0, 2, args)
-    reference = copy.deepcopy(agent.policy)
-    assert selfplay.evaluated(agent, reference, args).net is agent.policy
-    assert selfplay.evaluated(agent, reference, dataclasses.replace(args, eval_average=True)).net is reference
+def test_evaluation_is_of_the_policy_or_of_its_average_in_everything(selfplay, tmp_path):
+    """--eval-average decides exploitability, matches and best.pt alike."""
+    first, second = (small_run(selfplay, tmp_path / name, eval_average=name == "b") for name in "ab")
+    for name in ("exploitability", "exploitability_memoryless"):
+        assert first[name] != second[name]
+    assert first["exploitability_average"] == second["exploitability_average"] == second["exploitability"]
+    average = [x for _, x in scalars(second["run_dir"])["selfplay/exploitability_average"]]
+    assert second["best"] == pytest.approx(-min(average), abs=1e-4)
+
+
+def test_defaults_are_those_of_the_game(selfplay, selfplay_path):
+    leduc, battle = selfplay.Args(), selfplay.Args(env_id="gen9randombattle", gamma=1.0)
+    assert (leduc.num_envs, leduc.norm_adv, battle.num_envs, battle.norm_adv, battle.gamma) == (
+        2048,
+        False,
+        25,
+        True,
+        1,
+    )
+    shown = " ".join(run(selfplay_path, "--env-id", "gen9randombattle", "--help").stdout.replace("│", " ").split())
+    assert "--num-envs {None}|INT games that each process plays at once (default: 25)" in shown
+    assert "(default: gen9randombattle)" in shown
 
 
 GOOFSPIEL = {"env_id": "goofspiel", "env_kwargs": '{"imp_info": true, "num_cards": 4}', "algorithm": "reinforce"}
-PHANTOM_GO = {"env_id": "phantom_go", "env_kwargs": '{"board_size": 3}', "games_per_update": 8, "network": "attention"}
+PHANTOM_GO = {"env_id": "phantom_go", "env_kwargs": '{"board_size": 3}', "games_per_update": 8}
 RUNS = [
-    {"bptt_length": 1, "network": "lstm_attention", "env_id": "leduc_poker"},
-    {"bptt_length": -1, "memory_budget_mb": 0, "env_id": "leduc_poker", "target_kl": 1e-9, "update_epochs": 3},
-    {"sequence": False, "algorithm": "reinforce", "baseline": False},
-    {"opponents": "random:1", "num_minibatches": 1, "eval_deterministic": True, "eval_average": True},
-    {"opponents": "past:1", "past_sampling": "prioritised", "games_per_update": 10, "num_envs": 64},
+    {"bptt_length": 1, "env_id": "leduc_poker"},
+    {"bptt_length": -1, "memory_mb": 1e-6, "env_id": "leduc_poker", "target_kl": 1e-9, "update_epochs": 3},
+    {"recurrent": False, "algorithm": "reinforce"},
+    {"opponents": "random:1", "num_minibatches": 1, "eval_likeliest": True, "eval_average": True},
+    {"opponents": "past:1", "games_per_update": 10, "num_envs": 64, "norm_adv": True},
     GOOFSPIEL,
     PHANTOM_GO,
 ]
@@ -96,151 +100,132 @@ RUNS = [
 @pytest.mark.parametrize("changes", RUNS)
 def test_every_kind_of_run_ends_with_a_summary(selfplay, tmp_path, changes):
     result = small_run(selfplay, tmp_path, total_timesteps=300, **changes)
-    assert result["global_step"] >= 300 and 0 <= result["win_rates"]["random"] <= 1 and "snapshot_0" in result["elo"]
+    assert result["global_step"] >= 300 and 0 <= result["win_rate_vs_random"] <= 1
     known = "env_id" not in changes or changes["env_id"] == "leduc_poker"
     assert ("exploitability" in result) == known
     tags = scalars(result["run_dir"])
     if changes.get("bptt_length"):
-        assert {value for _, value in tags["selfplay/bptt_length"]} == {1.0}
+        assert {value for _, value in tags["losses/bptt_length"]} == {1.0}
     assert np.isfinite([value for points in tags.values() for _, value in points]).all()
 
 
 def test_10_payoffs_are_booked_where_they_belong(selfplay, tmp_path, monkeypatch):
-    real, seen = selfplay.Pool.record, []
+    """The mean payoff is the learner's, over its last 100 games against others, in whichever seat."""
+    real, seen = selfplay.play, []
 
-    def record(pool, pairs, payoffs, learner):
-        booked = real(pool, pairs, payoffs, learner)
-        seats = [pair.index(learner) for pair in pairs if pair[0] is not pair[1]]
-        rows = [payoff for pair, payoff in zip(pairs, payoffs, strict=True) if pair[0] is not pair[1]]
-        assert booked == [row[seat] for row, seat in zip(rows, seats, strict=True)] and len(booked) > 0
-        seen.extend(booked)
-        return booked
+    def play(games, pairs, generator, learner=None, **how):
+        payoffs, *others = real(games, pairs, generator, learner, **how)
+        for (first, second), payoff in zip(pairs, payoffs, strict=True):
+            if learner and first is not second:
+                assert (first is learner) != (second is learner)
+                seen.append(payoff[0] if first is learner else payoff[1])
+        return payoffs, *others
 
-    monkeypatch.setattr(selfplay.Pool, "record", record)
+    monkeypatch.setattr(selfplay, "play", play)
     result = small_run(selfplay, tmp_path)
-    assert result["train_return_mean"] == pytest.approx(np.mean(seen[-100:]))
+    assert len(seen) > 200 and result["train_return_mean"] == pytest.approx(np.mean(seen[-100:]), abs=1e-4)
 
 
-def test_07_reference_and_entropy_bonus_follow_their_schedules(selfplay, tmp_path, monkeypatch):
-    real, coefficients = selfplay.accumulate, []
+def test_07_schedules_reach_the_loss_the_games_and_the_reference(selfplay, tmp_path, monkeypatch):
+    """The reference, followed by hand, is the moving average of the weights that is saved and evaluated."""
+    weights, seen, real, games = [], [], selfplay.descend, selfplay.play
 
-    def accumulate(*args):
-        coefficients.append(args[-1])
-        return real(*args)
+    def descend(agent, optimizer, *rest):
+        metrics = real(agent, optimizer, *rest)
+        weights.append(copy.deepcopy(agent.policy.state_dict()))
+        seen.append((rest[-1].ent_coef, rest[-1].barrier_coef, optimizer.param_groups[0]["lr"]))
+        return metrics
 
-    monkeypatch.setattr(selfplay, "accumulate", accumulate)
-    result = small_run(selfplay, tmp_path, ent_coef=0.3, ent_coef_final=0.1, num_minibatches=1)
+    played = []
+    monkeypatch.setattr(selfplay, "descend", descend)
+    monkeypatch.setattr(selfplay, "play", lambda *args, **how: played.append(len(args[1])) or games(*args, **how))
+    changes = {"ref_rate": 0.1, "games_growth": 3, "ent_coef": 0.3, "ent_coef_final": 0.1, "checkpoint_every": 0}
+    result = small_run(selfplay, tmp_path, num_minibatches=1, snapshot_every=10**6, **changes)
+    state = torch.load(f"{result['run_dir']}/checkpoint.pt", weights_only=True)
     steps = [0, *[step for step, _ in scalars(result["run_dir"])["charts/SPS"]][:-1]]
-    np.testing.assert_allclose(coefficients, [0.3 - 0.2 * step / 1000 for step in steps])
-
-
-def test_07_the_reference_is_the_moving_average_that_is_evaluated(selfplay, tmp_path, monkeypatch):
-    weights, record = [], selfplay.Pool.record
-
-    def spy(pool, pairs, payoffs, learner):
-        weights.append(copy.deepcopy(learner.net.state_dict()))
-        return record(pool, pairs, payoffs, learner)
-
-    monkeypatch.setattr(selfplay.Pool, "record", spy)
-    result = small_run(selfplay, tmp_path, ref_rate=0.3)
-    state = selfplay.load(f"{result['run_dir']}/checkpoint.pt")
-    steps = [0, *[step for step, _ in scalars(result["run_dir"])["charts/SPS"]][:-1]]
-    average = state["pool"]["nets"][0]  # the untrained policy
-    for step, new in zip(steps, weights, strict=True):
-        average = {name: x + 0.3 * (1 - step / 1000) * (new[name] - x) for name, x in average.items()}
+    now = [selfplay.scheduled(selfplay.Args(**state["args"]), step / 1000) for step in steps]
+    assert played[: len(now)] == [entry.games_per_update for entry in now] and {64, 192} == set(played[: len(now)])
+    assert seen == [(entry.ent_coef, entry.barrier_coef, entry.learning_rate) for entry in now]
+    average = state["pool"][0]  # the untrained policy
+    for entry, new in zip(now, weights, strict=True):
+        average = {name: x + entry.ref_rate * (new[name] - x) for name, x in average.items()}
     for name, x in state["reference"].items():
         torch.testing.assert_close(x, average[name], atol=1e-5, rtol=0)
 
-    args = selfplay.Args(**state["args"])
-    games = selfplay.make_games(args, 0)
-    agent = selfplay.Agent(games.obs_size + games.num_actions, games.unseen_size, games.num_actions, args)
-    agent.policy.load_state_dict(state["reference"])
-    tables = selfplay.policy_tables(agent.policy, games.levels, games.num_actions, args.sequence)
-    expected = selfplay.exploitability(games, games.levels, tables)
-    assert result["exploitability_average"] == pytest.approx(expected, abs=1e-6) != result["exploitability"]
 
-
-def test_resume_keeps_pool_counters_and_curve(selfplay, tmp_path):
+def test_resume_keeps_pool_counters_and_curve(selfplay, tmp_path, monkeypatch):
     first = small_run(selfplay, tmp_path)
-    state = selfplay.load(f"{first['run_dir']}/checkpoint.pt")
+    state = torch.load(f"{first['run_dir']}/checkpoint.pt", weights_only=True)
     before = scalars(first["run_dir"])["charts/SPS"]
     args = selfplay.Args(**(state["args"] | {"resume": first["run_dir"], "total_timesteps": 2000}))
-    seen, real = {}, selfplay.restore
+    real, loaded = selfplay.load, []
 
-    def spy(parts, state, args):
-        progress = real(parts, state, args)
-        kept = {name: x.state_dict() for name, x in parts.items() if name != "rng"}
-        seen["state"] = copy.deepcopy(kept)
-        seen["pool"] = [player.name for player in parts["pool"].players]
-        return progress
+    def load(path, **parts):
+        result = real(path, **parts)
+        loaded.append({name: copy.deepcopy(part.state_dict()) for name, part in parts.items()})
+        return result
 
-    selfplay.restore = spy
-    try:
-        second = selfplay.train(args)
-    finally:
-        selfplay.restore = real
-    for name, saved in seen["state"].items():
-        assert checkpoints_equal(saved, state[name]), name
-    assert len(seen["pool"]) > 3 and seen["pool"][0] == "snapshot_0" and sum(map(len, state["pool"]["recent"])) > 20
+    monkeypatch.setattr(selfplay, "load", load)
+    second = selfplay.train(args)
+    assert loaded[-1].keys() == {"agent", "reference", "optimizer", "pool"}
+    for name, part in loaded[-1].items():
+        assert checkpoints_equal(part, state[name]), name
+    assert len(state["pool"]) > 3 and 0 in state["pool"]
     assert second["run_dir"] == first["run_dir"] and second["global_step"] >= 2000 > first["global_step"]
+    assert second["games"] > first["games"] and second["best"] >= first["best"]
     after = scalars(first["run_dir"])["charts/SPS"]
     assert after[: len(before)] == before and len(after) > len(before)
     assert [step for step, _ in after] == sorted(step for step, _ in after)
-    assert selfplay.load(f"{first['run_dir']}/checkpoint.pt")["pool"]["made"][-1] > state["pool"]["made"][-1]
-
-
-def test_a_checkpoint_of_a_gpu_resumes_on_a_cpu(selfplay):
-    """A GPU's generator has a state of 16 bytes, which no other takes."""
-    generator = torch.Generator()
-    state = {"rng": torch.zeros(16, dtype=torch.uint8), "progress": {"global_step": 7}}
-    assert selfplay.restore({"rng": generator}, state, selfplay.Args()).global_step == generator.initial_seed() == 7
+    again = torch.load(f"{first['run_dir']}/checkpoint.pt", weights_only=True)
+    assert max(again["pool"]) > max(state["pool"])
 
 
 def test_a_failing_evaluation_costs_no_training(selfplay, tmp_path, monkeypatch):
-    real = selfplay.assess
-    monkeypatch.setattr(selfplay, "assess", lambda *args: 1 / 0 if args[-1] is True else real(*args))
+    monkeypatch.setattr(selfplay, "assess", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         small_run(selfplay, tmp_path, checkpoint_every=0)
     checkpoint = next(tmp_path.glob("*/checkpoint.pt"))
-    assert selfplay.load(checkpoint)["progress"]["global_step"] >= 1000
+    assert step_of(selfplay.load(checkpoint)) >= 1000
 
 
-def test_against_a_checkpoint_s_average_plays_that(selfplay, tmp_path):
-    checkpoint = f"{small_run(selfplay, tmp_path)['run_dir']}/checkpoint.pt"
-    state = selfplay.load(checkpoint)
-    args = selfplay.Args(**state["args"] | {"eval_average": True})
-    games = selfplay.make_games(args, 0)
-    agent = selfplay.Agent(games.obs_size + games.num_actions, games.unseen_size, games.num_actions, args)
-    player = selfplay.opponent(checkpoint, agent, args)
-    weights = player.net.state_dict()
-    assert player.name == checkpoint and all(torch.equal(x, weights[name]) for name, x in state["reference"].items())
-    assert any(not torch.equal(x, state["agent"][f"policy.{name}"]) for name, x in weights.items())
+def test_against_a_checkpoint_plays_its_policy_or_its_average(selfplay, tmp_path, monkeypatch):
+    first, second = (
+        f"{small_run(selfplay, tmp_path / n, seed=s)['run_dir']}/checkpoint.pt" for n, s in (("a", 1), ("b", 2))
+    )
+    mine, other = (torch.load(path, weights_only=True) for path in (first, second))
+    real, players = selfplay.head_to_head, []
+    monkeypatch.setattr(selfplay, "head_to_head", lambda *args: players.append(args[1:3]) or real(*args))
+    for average in (False, True):
+        changes = {"evaluate": first, "against": second, "eval_average": average}
+        result = selfplay.train(selfplay.Args(**mine["args"] | changes))
+        assert 0 <= result["win_rate_vs_opponent"] <= 1 and "exploitability" not in result
+        for net, state in zip(players[-1], (mine, other), strict=True):
+            policy = {name[7:]: x for name, x in state["agent"].items() if name.startswith("policy.")}
+            assert checkpoints_equal(dict(net.state_dict()), dict(state["reference"] if average else policy))
 
 
-def test_evaluate_transfer_and_head_to_head(selfplay, selfplay_path, tmp_path):
-    first, second = (small_run(selfplay, tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 2)))
-    checkpoint, other = (f"{result['run_dir']}/checkpoint.pt" for result in (first, second))
-    result = run_from_shell(selfplay_path, "--evaluate", checkpoint)
+def test_evaluate_and_init_from(selfplay, selfplay_path, tmp_path, monkeypatch):
+    first = small_run(selfplay, tmp_path / "a")
+    checkpoint = f"{first['run_dir']}/checkpoint.pt"
+    result = run(selfplay_path, "--evaluate", checkpoint)
     assert result.returncode == 0, result.stderr
     again = json.loads(result.stdout.splitlines()[-1])
-    for name in ("exploitability", "exploitability_average", "global_step"):
-        assert again[name] == first[name]
-    result = run(selfplay_path, "--evaluate", checkpoint, "--against", other, "--eval-episodes", 40)
-    assert result.returncode == 0, result.stderr
-    rates = json.loads(result.stdout.splitlines()[-1])["win_rates"]
-    assert list(rates) == [other] and 0 <= rates[other] <= 1 and "nan" not in result.stdout
+    assert {name: x for name, x in again.items() if name != "best"} == {n: first[n] for n in again if n != "best"}
+    monkeypatch.setattr(selfplay, "descend", lambda *args: {"ratio_error": torch.zeros(()), "padding": torch.zeros(()),
+                        "bptt_length": torch.zeros(()), "approx_kl": torch.zeros(())})  # fmt: skip
     started = small_run(selfplay, tmp_path / "c", init_from=checkpoint, seed=5)
-    assert started["before"]["selfplay/exploitability"] == pytest.approx(first["exploitability"])
+    for name in ("exploitability", "exploitability_average"):  # nothing was learnt, nothing lost
+        assert started[name] == pytest.approx(first["exploitability"], abs=1e-4)
 
 
 def test_a_checkpoint_of_another_game_or_network_is_refused(selfplay, tmp_path):
     result = small_run(selfplay, tmp_path)
     checkpoint = f"{result['run_dir']}/checkpoint.pt"
     args = selfplay.Args(**(selfplay.load(checkpoint)["args"] | {"evaluate": checkpoint}))
-    for change in ({"env_id": "leduc_poker"}, {"network": "mlp"}, {"hidden_size": 16}, {"sequence": False}):
-        with pytest.raises(selfplay.InputError, match=next(iter(change))):
+    for change in ({"env_id": "leduc_poker"}, {"hidden_size": 16}):
+        with pytest.raises(selfplay.InputError, match=r"does not fit.*size mismatch"):
             selfplay.train(dataclasses.replace(args, **change))
-    with pytest.raises(selfplay.InputError, match="raise --total-timesteps"):
+    with pytest.raises(selfplay.InputError, match="has its steps: --total-timesteps"):
         selfplay.train(dataclasses.replace(args, evaluate=None, resume=result["run_dir"]))
 
 
@@ -251,21 +236,18 @@ WRONG = [
     (["--env-id", "kuhn_poker", "--env-kwargs", '{"nonsense": 3}'], "nonsense"),
     (["--num-envs", "0"], "--num-envs must be above 0"),
     (["--target-kl", "0"], "--target-kl must be above 0"),
-    (["--gamma", "1.5"], "--gamma must be at most 1"),
-    (["--ref-kl-coef", "-1"], "--ref-kl-coef must not be negative"),
+    (["--gamma", "1.5"], "--gamma must be 0 or more and at most 1,"),
+    (["--ref-kl-coef", "-1"], "--ref-kl-coef must be 0 or more"),
     (["--bptt-length", "-2"], "--bptt-length"),
-    (["--hidden-size", "30"], "--hidden-size must be a multiple of 4"),
     (["--env-id", "kuhn_poker", "--env-kwargs", "[1]"], "kuhn_poker"),
-    (["--pool-size", "1"], "--pool-size must be at least 2"),
     (["--opponents", "self"], "expected name:share"),
     (["--opponents", "self:0.5,heuristic:0.5"], "no opponent heuristic"),
-    (["--opponents", "self:0"], "all shares are 0"),
-    (["--opponents", "self:1,past:-0.1"], "share of past is negative"),
+    (["--opponents", "self:0"], "not all 0"),
+    (["--opponents", "self:1,past:-0.1"], "shares must be 0 or more"),
     (["--against", "random"], "--against needs --evaluate"),
     (["--evaluate", "nowhere.pt"], "nowhere.pt"),
     (["--resume", "nowhere"], "nowhere/checkpoint.pt"),
     (["--init-from", "nowhere.pt"], "nowhere.pt"),
-    (["--resume", "a", "--init-from", "b"], "a/checkpoint.pt"),
 ]
 
 
@@ -293,16 +275,16 @@ def test_a_signal_saves_says_how_to_go_on_and_exits(selfplay, selfplay_path, tmp
 def test_a_lost_connection_saves_first(selfplay, tmp_path, monkeypatch):
     real, calls = selfplay.play, []
 
-    def broken(games, pairs, generator, learner=None):
-        calls.append(learner)
-        if sum(player is not None for player in calls) == 5:
+    def broken(*args):
+        calls.append(args)
+        if len(calls) == 5:
             raise ConnectionError("the server is gone")
-        return real(games, pairs, generator, learner)
+        return real(*args)
 
     monkeypatch.setattr(selfplay, "play", broken)
     with pytest.raises(ConnectionError, match="the server is gone"):
         small_run(selfplay, tmp_path, checkpoint_every=0)
-    assert selfplay.load(next(tmp_path.glob("*/checkpoint.pt")))["progress"]["update"] == 4
+    assert selfplay.load(next(tmp_path.glob("*/checkpoint.pt")))["counters"]["games"] == 4 * 64
 
 
 @pytest.mark.parametrize("launch", LAUNCHERS)
@@ -329,7 +311,6 @@ torch.save(agents[0].state_dict(), {str(tmp_path)!r} + f"/weights_{{os.environ['
 def test_kuhn_gets_less_exploitable(selfplay, tmp_path):
     result = small_run(
         selfplay, tmp_path, total_timesteps=80_000, opponents="self:1", num_envs=512, games_per_update=512,
-        hidden_size=32, checkpoint_every=0, learning_rate=3e-3, elo_games=0, ref_rate=0.05, ref_kl_coef=0.5,
-        ent_coef=0.05, ent_coef_final=0.005, gae_lambda=0.5,
+        hidden_size=32, checkpoint_every=0, games_growth=1,
     )  # fmt: skip
-    assert result["before"]["selfplay/exploitability"] > 0.4 and result["exploitability"] < 0.2
+    assert result["exploitability"] < 0.2  # 0.458 before

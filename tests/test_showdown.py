@@ -440,59 +440,57 @@ def test_weather_and_screens():
 
 def small_run(selfplay, tmp_path, **changes):
     sizes = {"num_envs": 3, "games_per_update": 4, "num_minibatches": 2, "hidden_size": 8, "eval_episodes": 2}
-    args = selfplay.SHOWDOWN | sizes | {"env_id": FORMAT, "runs_dir": str(tmp_path), "checkpoint_every": 1} | changes
+    args = sizes | {"env_id": FORMAT, "runs_dir": str(tmp_path), "checkpoint_every": 1} | changes
     return selfplay.train(selfplay.Args(**args))
 
 
 def test_the_script_trains_evaluates_and_saves_replays(selfplay, server, tmp_path):
     changes = {"total_timesteps": 600, "opponents": "self:0.5,max_power:0.5", "checkpoint_every": 0}
     result = small_run(selfplay, tmp_path, server=server.url, **changes)
-    assert result["global_step"] >= 600 and set(result["win_rates"]) == {"random", "max_power", "heuristic"}
+    assert result["global_step"] >= 600 and {"random", "max_power", "heuristic"} <= {n[12:] for n in result}
     checkpoint = f"{result['run_dir']}/checkpoint.pt"
     saved = selfplay.load(checkpoint)["args"] | {"evaluate": checkpoint, "against": "heuristic", "save_replays": True}
     again = selfplay.train(selfplay.Args(**saved))
-    assert list(again["win_rates"]) == ["heuristic"]
+    assert [name for name in again if name.startswith("win_rate_vs_")] == ["win_rate_vs_heuristic"]
     assert len(list(Path(result["run_dir"], "replays").glob("*.html"))) == 2
 
 
 def test_a_server_killed_in_mid_training_is_a_clear_error_with_a_checkpoint(selfplay, tmp_path, monkeypatch):
     real, updates = selfplay.play, []
 
-    def play(games, pairs, generator, learner=None):
-        updates.append(learner is not None)
-        if sum(updates) == 3:
+    def play(games, *args, **how):
+        updates.append(games)
+        if len(updates) == 3:
             os.kill(games.server.process.pid, signal.SIGKILL)
-        return real(games, pairs, generator, learner)
+        return real(games, *args, **how)
 
     monkeypatch.setattr(selfplay, "play", play)
-    monkeypatch.setattr(selfplay, "assess", lambda *args: {})
     with pytest.raises(RuntimeError, match="Showdown server died"):
         small_run(selfplay, tmp_path, total_timesteps=10**6, checkpoint_every=0)
-    assert selfplay.load(next(tmp_path.glob("*/checkpoint.pt")))["progress"]["update"] == 2
+    assert selfplay.load(next(tmp_path.glob("*/checkpoint.pt")))["counters"]["games"] == 2 * 4
 
 
 def test_a_cut_connection_in_mid_training_leaves_no_half_battle(selfplay, proxy, tmp_path, monkeypatch):
     """The running battles are played again, and everything trained on is whole: the last decision of each sequence has
     the outcome in its reward."""
-    real, calls, batches = selfplay.Seats.decide, [], []
+    real, calls, batches = ShowdownGames.act, [], []
 
-    def decide(self, *args):
+    def act(self, *args):
         calls.append(args)
         if len(calls) == 60:
             proxy.cut()
         return real(self, *args)
 
-    def targets(agent, reference, data, args):
+    def targets(agent, reference, data, *rest):
         batches.append(data)
-        return add_targets(agent, reference, data, args)
+        return add_targets(agent, reference, data, *rest)
 
     add_targets = selfplay.add_targets
-    monkeypatch.setattr(selfplay.Seats, "decide", decide)
+    monkeypatch.setattr(ShowdownGames, "act", act)
     monkeypatch.setattr(selfplay, "add_targets", targets)
     monkeypatch.setattr(selfplay, "assess", lambda *args: {"eval/score": 0.0})
     changes = {"server": proxy.url, "opponents": "self:1", "total_timesteps": 100, "ko_coef": 0.0, "hp_coef": 0.0}
     result = small_run(selfplay, tmp_path, **changes)
-    state = selfplay.load(f"{result['run_dir']}/checkpoint.pt")
-    assert state["progress"]["lost_games"] == 3 and len(batches[0].length) == 8
-    last = batches[0].reward[batches[0].first + batches[0].length - 1]
-    assert sorted(last.tolist()) == [-1.0] * 4 + [1.0] * 4
+    assert result["lost_games"] == 3
+    first, length = selfplay.spans(batches[0].sequence)
+    assert sorted(batches[0].reward[first + length - 1].tolist()) == [-1.0] * 4 + [1.0] * 4
