@@ -80,9 +80,7 @@ class Args:  # the comments are what --help says
     resume: str | None = None  # a run folder to continue, with its arguments unless others are given
     init_from: str | None = None  # a checkpoint whose networks to start from
     evaluate: str | None = None  # a checkpoint to evaluate, with its arguments unless others are given; no training
-    against: str | None = (
-        None  # with --evaluate, the only opponent: a checkpoint or, on Showdown, max_power or heuristic
-    )
+    against: str | None = None  # with --evaluate, the only opponent: a checkpoint, random, max_power or heuristic
     eval_episodes: int | None = None  # games against each opponent of an evaluation, half of them in each seat
     eval_likeliest: bool = False  # evaluate the likeliest actions; with hidden information good play is mostly mixed
     eval_average: bool = False  # evaluate the reference policy, a moving average of the weights
@@ -129,9 +127,6 @@ class Args:  # the comments are what --help says
             self.update_epochs, self.num_minibatches, self.gae_lambda = 1, 1, 1.0
 
 
-AUTOMATIC = "bptt_length", -1
-
-
 class InputError(Exception):
     """The user asked for something that cannot be done; the message is one line."""
 
@@ -145,7 +140,8 @@ def check(args: Args) -> None:
     at_most |= {"num_minibatches": args.games_per_update, "snapshot_every": 10**9}
     for name, x in vars(args).items():
         least, most = "0 or more" if name in may_be_0 else "above 0", at_most.get(name, 10**5)
-        if type(x) in (int, float) and not (0 < x <= most or (x == 0 and name in may_be_0)) and (name, x) != AUTOMATIC:
+        special = (x == 0 and name in may_be_0) or (name, x) == ("bptt_length", -1)
+        if type(x) in (int, float) and not (special or 0 < x <= most):
             raise InputError(f"--{name.replace('_', '-')} must be {least} and at most {most}, not {x}")
     known = ("random", *(SCRIPTED if is_showdown(args) else ()))
     shares = opponent_shares(args)
@@ -788,9 +784,8 @@ def train(args: Args) -> dict:
             scalars["losses/first_ratio_error"] = float(log[0]["ratio_error"])
             if scalars["losses/first_ratio_error"] > 1e-3:
                 bar.write("warning: games and update compute different log-probabilities", file=sys.stderr)
-            scalars |= game_scalars(data, targets) | {
-                f"selfplay/{name}": counters[name] for name in ("games", "lost_games")
-            }
+            scalars["selfplay/games"], scalars["selfplay/lost_games"] = counters["games"], counters["lost_games"]
+            scalars |= game_scalars(data, targets)
             bar.set_postfix_str(f"{counters['games']:,} games", refresh=False)
             bar.update(min(int(num_steps), bar.total - bar.n))
             log_scalars(writer, scalars, counters["global_step"])

@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,9 +21,9 @@ from helpers import (
     assert_two_processes_match_one,
     blank_figure,
     checkpoints_equal,
-    environment,
     run,
     run_from_shell,
+    start,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_predictor import small_run
@@ -196,10 +195,10 @@ def test_videos_are_recorded(script, tmp_path):
 
 def test_kill_9_at_any_moment_leaves_a_whole_checkpoint(script, script_path, tmp_path):
     """A process that does nothing but save is killed at random moments; the file always loads and is one it wrote."""
-    path, rng = tmp_path / "checkpoint.pt", np.random.default_rng(0)
-    code = f"""
+    driver, rng = tmp_path / "driver.py", np.random.default_rng(0)
+    driver.write_text(f"""
 import importlib.util, pathlib, sys, torch
-sys.argv = ["x"]
+path = pathlib.Path(sys.argv.pop())
 spec = importlib.util.spec_from_file_location("script", {str(script_path)!r})
 script = sys.modules["script"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
@@ -207,18 +206,18 @@ layer, number = torch.nn.Linear(300, 300), 0
 while True:
     number += 1
     layer.weight.data.fill_(number)
-    script.save(pathlib.Path({str(path)!r}), {{"agent": layer}}, {{"updates": number}}, script.Args())
-    if number == 1:
-        print("saved", flush=True)
-"""
-    for _ in range(4):
-        process = subprocess.Popen([sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline() == "saved\n"
+    script.save(path, {{"agent": layer}}, {{"updates": number}}, script.Args())
+""")
+    for attempt in range(8):
+        path = tmp_path / f"checkpoint_{attempt}.pt"
+        process = start(driver, path)
+        while not path.exists():
+            assert process.poll() is None, process.communicate()[1]
         deadline = time.perf_counter() + rng.uniform(0, 0.2)
         while time.perf_counter() < deadline:
             pass
         process.kill()
-        process.wait()
+        process.join()
         layer = torch.nn.Linear(300, 300)
         counters = script.load(path, agent=layer)["counters"]
         assert (layer.weight == counters["updates"]).all()

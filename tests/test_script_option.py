@@ -10,8 +10,9 @@ from helpers import ROOT, run_from_shell
     "args",
     [
         ["--script", "folder/my_copy.py"],
-        ["--script=../outside/my_copy.py"],
-        ["tests", "--script", "../outside/my_copy.py"],  # without `tests`, pytest would look for its settings there
+        pytest.param(["--script=../outside/my_copy.py"], marks=pytest.mark.slow),
+        # without `tests`, pytest would look for its settings beside the copy
+        pytest.param(["tests", "--script", "../outside/my_copy.py"], marks=pytest.mark.slow),
     ],
 )
 def test_the_copy_is_what_is_tested_and_no_test(args, tmp_path, monkeypatch):

@@ -142,6 +142,7 @@ def test_evaluate_a_checkpoint(tamiyo, tamiyo_path, tmp_path, quick):
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_from_the_shell(tamiyo, tamiyo_path, tmp_path):
     first = toy_run(tamiyo, tmp_path, total_timesteps=64)
     result = run_from_shell(tamiyo_path, "--evaluate", checkpoint_of(first))

@@ -18,6 +18,7 @@ from helpers import (
     assert_two_processes_match_one,
     blank_figure,
     checkpoints_equal,
+    run,
     run_from_shell,
 )
 from PIL import Image
@@ -85,9 +86,9 @@ VARIANTS = [
     {},
     {"env_kwargs": '{"lengths": [5, 30], "action": "box"}'},
     {"env_kwargs": '{"lengths": [7], "action": "multidiscrete", "masked": true}', "planning": False},
-    {"vectorization": "async", "update_epochs": 1},
-    IMAGES,
-    IMAGES | {"env_kwargs": '{"colour": true}'},
+    pytest.param({"vectorization": "async", "update_epochs": 1}, marks=pytest.mark.slow),
+    pytest.param(IMAGES, marks=pytest.mark.slow),
+    pytest.param(IMAGES | {"env_kwargs": '{"colour": true}'}, marks=pytest.mark.slow),
     IMAGES | {"quantize": False, "num_steps": 3, "total_timesteps": 6 * 12},
 ]
 
@@ -158,7 +159,7 @@ def test_evaluate_a_checkpoint(worldmodel, worldmodel_path, tmp_path, pictures):
     first = small_run(worldmodel, tmp_path, checkpoint_every=0, eval_episodes=8)
     with Image.open(f"{first['run_dir']}/dream.png") as image:
         assert image.size == (1000, 800)
-    result = run_from_shell(worldmodel_path, "--evaluate", checkpoint_of(first))
+    result = run(worldmodel_path, "--evaluate", checkpoint_of(first))
     assert result.returncode == 0, result.stderr
     again = json.loads(result.stdout.splitlines()[-1])
     assert again["eval_return_mean"] == pytest.approx(first["eval_return_mean"])
