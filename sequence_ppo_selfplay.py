@@ -3,12 +3,12 @@
 A sequence is all that one player saw and did in one game. The data goes one way, and each arrow has its function below:
 
     games ── play ──▶ Decisions [K], one sequence behind the other    policy only, one LSTM step a turn, no gradients
-    Decisions ── add_targets ──▶ advantages, returns [K]              the payoff belongs to each player's last decision
+    Decisions ── make_targets ──▶ advantages, returns [K]              the payoff belongs to each player's last decision
     sequences ── batches ──▶ index [L, B], chunks of bptt_length      sequences of like length, hardly any padding
     chunk ── Agent.unroll ── sequence_loss ── descend ──▶ weights     one LSTM call; a chunk goes on where one ended
     weights ──▶ a reference, which moves slowly and to which the loss pulls; snapshots, which become opponents
 
-Letters in shapes: K or M decisions, S sequences, N players, D entries of an observation with the player's own last
+Letters in shapes: K or M decisions, S sequences, G games, N players, D entries of an observation and the own last
 action, E entries that only the critic sees, A actions, H width; [L, B] are L decisions of B sequences (batches). The
 games are in environments/. PPO: Schulman et al. 2017, arXiv 1707.06347; the reference: magnetic mirror descent, Sokota
 et al. 2022, arXiv 2206.05825. `detail 5`: docs/sequence_ppo_selfplay.md.
@@ -40,6 +40,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
+from torch.optim import Adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -61,7 +62,6 @@ DEFAULTS = {  # of flags that are None below: for OpenSpiel; for Pokémon Showdo
     "update_epochs": (1, 4),
     "norm_adv": (False, True),
     "ent_coef": (0.0125, 0.02),
-    "ent_coef_final": (0.005, 0.005),
     "barrier_coef": (0.0125, 0.0),
     "barrier_coef_final": (0.00075, 0.0),
     "ref_kl_coef": (0.1, 0.0),
@@ -92,7 +92,7 @@ class Args:  # the comments are what --help says
     save_replays: bool = False  # Showdown only: with --evaluate, save the battles as HTML beside the checkpoint
     opponents: str | None = None  # SELF-PLAY: shares of self (both sides learn), past, random, max_power, heuristic
     snapshot_every: int | None = None  # games between snapshots of the policy, the opponents named past
-    algorithm: Literal["ppo", "reinforce"] = "ppo"  # PPO: reinforce is one pass in one minibatch, lambda 1, no clipping
+    algorithm: Literal["ppo", "reinforce"] = "ppo"  # PPO: reinforce sets 1 epoch, 1 minibatch, lambda 1
     total_timesteps: int | None = None  # decisions to train on, over all processes
     learning_rate: float | None = None  # Adam's step size
     anneal_lr: bool = True  # in the second half, lower the learning rate, and the reference's, linearly to 0
@@ -106,7 +106,7 @@ class Args:  # the comments are what --help says
     norm_adv: bool | None = None  # normalise each update's advantages, which else are in units of the largest payoff
     clip_coef: float = 0.2  # clip range of the probability ratio
     ent_coef: float | None = None  # weight of the entropy bonus at the start
-    ent_coef_final: float | None = None  # weight of the entropy bonus at the end, reached linearly
+    ent_coef_final: float = 0.005  # weight of the entropy bonus at the end, reached linearly
     barrier_coef: float | None = None  # weight of the log barrier, which keeps every action possible, at the start
     barrier_coef_final: float | None = None  # weight of the log barrier at the end, reached linearly
     ref_kl_coef: float | None = None  # weight of the KL divergence from policy to reference policy
@@ -147,7 +147,7 @@ def check(args: Args) -> None:
     shares = opponent_shares(args)
     if unknown := shares.keys() - {"self", "past", *known}:
         raise InputError(f"--opponents: {args.env_id} has no opponent {', '.join(unknown)}")
-    if min(shares.values()) < 0 or sum(shares.values()) <= 0:
+    if not (min(shares.values()) >= 0 and 0 < sum(shares.values()) < math.inf):
         raise InputError(f"--opponents {args.opponents}: shares must be 0 or more, and not all 0")
     if args.against and not (args.evaluate and (args.against in known or Path(args.against).is_file())):
         raise InputError(f"--against needs --evaluate and a checkpoint or {', '.join(known)}, not {args.against}")
@@ -221,6 +221,13 @@ class Net(nn.Module):
         return self.head(features), torch.cat(state).transpose(0, 1)
 
 
+def frozen(net: Net) -> Net:
+    """A copy that does not learn."""
+    net = copy.deepcopy(net).requires_grad_(False)
+    net.lstm.flatten_parameters()
+    return net
+
+
 class Agent(nn.Module):
     """A policy and a value, each with a net of its own; the states of both are [2, N, 2, H]. Values are in units of the
     game's largest payoff."""
@@ -254,7 +261,7 @@ def sample(logits: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def with_last_action(obs: Tensor, last_action: Tensor, num_actions: int) -> Tensor:
-    """Observations and the player's own last action [N] (-1 = none), one-hot -> [N, D] (detail 2)."""
+    """Observations and the player's own last action [N] (-1 = none), one-hot -> [N, D], what nets see (detail 2)."""
     return torch.cat((obs, F.one_hot(last_action + 1, num_actions + 1)[:, 1:].to(obs.dtype)), 1)
 
 
@@ -271,21 +278,22 @@ class Decisions(NamedTuple):
     reward: Tensor  # [K] in a turn, since the sequence's previous decision; in an update, until its next
 
 
+def spans(sequence: Tensor) -> tuple[Tensor, Tensor]:
+    """First row and length [S] of each sequence of decisions whose numbers are `sequence` [K]."""
+    _, length = sequence.unique_consecutive(return_counts=True)
+    return length.cumsum(0) - length, length
+
+
 def by_sequence(turns: list[Decisions], last_reward: Tensor) -> Decisions:
     """Decisions of all turns, in the order of time, one sequence behind the other. `last_reward` [sequences] follows
     each one's last decision; NaN drops the sequence (detail 3)."""
     data = Decisions(*(torch.cat(column) for column in zip(*turns, strict=True)))
     order = data.sequence.argsort(stable=True)
     data = Decisions(*(column[order[last_reward[data.sequence[order]].isfinite()]] for column in data))
-    after = torch.where(ends(data.sequence), last_reward[data.sequence], data.reward.roll(-1))
-    return data._replace(reward=after)
-
-
-def ends(sequence: Tensor) -> Tensor:
-    """Whether a decision is the last of its sequence [K]."""
-    last = torch.ones_like(sequence, dtype=torch.bool)
-    last[:-1] = sequence[1:] != sequence[:-1]
-    return last
+    (first, length), reward = spans(data.sequence), data.reward.roll(-1)
+    last = first + length - 1
+    reward[last] = last_reward[data.sequence[last]]
+    return data._replace(reward=reward)
 
 
 @torch.no_grad()
@@ -293,22 +301,24 @@ def play(games, pairs: list[tuple], generator: torch.Generator, learner: Net | N
     """Plays a game for every pair of players, as many at once as there are slots. A player is the Net of a policy, or a
     name: random, or one of `games.scripted`. Gives payoffs [G, 2], the Decisions of `learner`, None if there are none,
     and how many games were lost to faults; each of those is played again."""
-    device, seats = generator.device, 2 * games.num_games  # row 2 * slot + player of what a seat remembers
+    device, num_seats = generator.device, 2 * games.num_games
     players = list({player: None for pair in pairs for player in pair})
     number = {player: i for i, player in enumerate(players)}
-    who, sequence = np.zeros(seats, int), torch.zeros(seats, dtype=torch.int64, device=device)
-    last_action = torch.full((seats,), -1, device=device)
-    state = next((player.initial_state(seats) for player in players if isinstance(player, Net)), None)
+    # who sits in seat 2 * slot + player, the number of that game's sequence, and what the player remembers of it
+    who, sequence = np.zeros(num_seats, int), torch.zeros(num_seats, dtype=torch.int64, device=device)
+    last_action = torch.full((num_seats,), -1, device=device)
+    state = next((player.initial_state(num_seats) for player in players if isinstance(player, Net)), None)
     payoffs = np.full((len(pairs), 2), np.nan, np.float32)
     waiting, free = deque(range(len(pairs))), deque(range(games.num_games))
     running, last_reward, turns = {}, [], []  # pair and game of each slot; [2] of each game in the order of their start
-    while np.isnan(payoffs).any():
+    while waiting or running:
         starting = [free.popleft() for _ in range(min(len(free), len(waiting)))]
         for slot in starting:
             running[slot] = waiting.popleft(), len(last_reward)
             who[2 * slot : 2 * slot + 2] = [number[player] for player in pairs[running[slot][0]]]
             last_reward.append([np.nan, np.nan])
-        begun = torch.tensor([2 * slot + player for slot in starting for player in (0, 1)], device=device).long()
+        begun = [2 * slot + player for slot in starting for player in (0, 1)]
+        begun = torch.tensor(begun, dtype=torch.int64, device=device)
         sequence[begun] = torch.arange(2 * len(last_reward) - len(begun), 2 * len(last_reward), device=device)
         last_action[begun] = -1
         if state is not None:
@@ -317,18 +327,21 @@ def play(games, pairs: list[tuple], generator: torch.Generator, learner: Net | N
         turn = games.observe()
         for slot, payoff, reward in turn.ended:
             free.append(slot)
-            pair, game = running[slot]
+            pair, game = running.pop(slot)
             if payoff is None:
                 waiting.append(pair)
             else:
                 payoffs[pair], last_reward[game] = payoff, list(reward)
+        if signals and learner is None:
+            waiting.clear()  # an evaluation is cut short
 
         # --- whoever has to act
         seat, action_mask, reward = (torch.from_numpy(x).to(device) for x in (turn.seat, turn.action_mask, turn.reward))
         obs = with_last_action(torch.from_numpy(turn.obs).to(device), last_action[seat], games.num_actions)
         unseen = obs[:, :0] if turn.unseen is None else torch.from_numpy(turn.unseen).to(device)
-        if not torch.isfinite(obs).all():
-            raise FloatingPointError("a game returned an observation that is not finite")
+        rewards = turn.reward, *(reward for _, _, reward in turn.ended)
+        if not (torch.isfinite(obs).all() and all(np.isfinite(x).all() for x in rewards)):
+            raise FloatingPointError("a game returned an observation or a reward that is not finite")
         for stuck in turn.seat[~turn.action_mask.any(1)]:
             raise ValueError(f"the game in slot {stuck // 2} allows player {stuck % 2} no action at all")
         action, logits = torch.zeros_like(seat), torch.zeros_like(action_mask, dtype=obs.dtype)
@@ -346,14 +359,9 @@ def play(games, pairs: list[tuple], generator: torch.Generator, learner: Net | N
                 turns.append(Decisions(*columns, logprobs.gather(1, action[rows, None])[:, 0], reward[rows]))
         last_action[seat] = action
         games.act(turn.seat, action.cpu().numpy())
-    rewards = torch.tensor(last_reward, dtype=torch.float32, device=device).flatten()
-    return payoffs, by_sequence(turns, rewards) if turns else None, len(last_reward) - len(pairs)
-
-
-def spans(sequence: Tensor) -> tuple[Tensor, Tensor]:
-    """First row and length [S] of each sequence of decisions whose numbers are `sequence` [K]."""
-    _, length = sequence.unique_consecutive(return_counts=True)
-    return length.cumsum(0) - length, length
+    last_reward = torch.tensor(last_reward, dtype=torch.float32, device=device)
+    data = by_sequence(turns, last_reward.flatten()) if turns else None
+    return payoffs, data, len(last_reward) - len(pairs)
 
 
 def grid(first: Tensor, length: Tensor) -> Tensor:
@@ -376,13 +384,14 @@ def batches(first: Tensor, length: Tensor) -> Iterator[Tensor]:
 class Targets(NamedTuple):
     reference: Tensor  # [K, A] log-probabilities of the reference policy
     value: Tensor  # [K]
-    advantage: Tensor  # [K]
+    advantages: Tensor  # [K]
     returns: Tensor  # [K]
 
 
 @torch.no_grad()
-def add_targets(agent: Agent, reference: Net, data: Decisions, pieces: tuple[Tensor, Tensor], args: Args) -> Targets:
-    """What the loss needs beside the decisions. GAE runs over a player's own decisions (detail 3)."""
+def make_targets(agent: Agent, reference: Net, data: Decisions, pieces: tuple[Tensor, Tensor], args: Args) -> Targets:
+    """What the loss needs beside the decisions. `pieces` are first row and length of what goes through the nets as one:
+    a sequence or, without memory, a decision; GAE always runs over a player's own decisions (detail 3)."""
     reference_logprobs, value = torch.zeros_like(data.action_mask, dtype=data.obs.dtype), torch.zeros_like(data.reward)
     for index in batches(*pieces):
         mask, obs, n = index >= 0, data.obs[index], index.shape[1]
@@ -390,8 +399,9 @@ def add_targets(agent: Agent, reference: Net, data: Decisions, pieces: tuple[Ten
         reference_logprobs[index[mask]] = masked_logprobs(logits[mask], data.action_mask[index[mask]])
         values, _ = agent.value.unroll(torch.cat((obs, data.unseen[index]), -1), agent.value.initial_state(n))
         value[index[mask]] = values[mask].squeeze(-1)
-    index = grid(*spans(data.sequence))  # [L, S]
-    reward, values, last = data.reward[index], value[index], ends(data.sequence)[index]
+    first, length = spans(data.sequence)
+    index = grid(first, length)  # [L, S]
+    reward, values, last = data.reward[index], value[index], index == first + length - 1
     columns = gae(reward, values, values.roll(-1, 0), last, torch.zeros_like(last), args.gamma, args.gae_lambda)
     advantage, returns = torch.empty_like(value), torch.empty_like(value)
     advantage[index[index >= 0]], returns[index[index >= 0]] = (column[index >= 0] for column in columns)
@@ -408,7 +418,7 @@ def sequence_loss(
     mask = index >= 0
     real = index[mask]  # [M]
     logprobs, values, state = agent.unroll(data.obs[index], data.unseen[index], state, data.action_mask[index])
-    logprobs, allowed, advantage = logprobs[mask], data.action_mask[real], targets.advantage[real]
+    logprobs, allowed, advantage = logprobs[mask], data.action_mask[real], targets.advantages[real]
     log_ratio = logprobs.gather(1, data.action[real, None])[:, 0] - data.logprob[real]
     ratio, probs = log_ratio.exp(), logprobs.exp()
     policy_loss = torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef))
@@ -434,13 +444,7 @@ def sequence_loss(
 
 
 def descend(
-    agent: Agent,
-    optimizer: torch.optim.Optimizer,
-    data: Decisions,
-    targets: Targets,
-    pieces: tuple[Tensor, Tensor],
-    batch_size: float,
-    args: Args,
+    agent: Agent, optimizer: Adam, data: Decisions, targets: Targets, pieces: tuple, batch_size: float, args: Args
 ) -> dict[str, Tensor]:
     """A step down the gradient of a minibatch, summed over processes and clipped; gives metrics, or raises if it is not
     finite. Sequences go through the nets in batches, and these in chunks of `bptt_length` decisions; a chunk goes on
@@ -455,14 +459,15 @@ def descend(
         for rows in index.split(length):
             loss, metrics, state = sequence_loss(agent, data, targets, rows, state.detach(), batch_size, args)
             loss.backward()
-            chunks.append(metrics | {"bptt_length": (rows >= 0).sum() / batch_size * length})
+            chunks.append(metrics | {"bptt_length": (rows >= 0).sum() / batch_size * min(length, len(index))})
     for weight in agent.parameters():
         all_sum(weight.grad)
     norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, error_if_nonfinite=True)
     optimizer.step()
     columns = {name: torch.stack([chunk[name] for chunk in chunks]) for name in chunks[0]}
     totals = {name: x.max() if name == "ratio_error" else x.sum() for name, x in columns.items()}
-    return totals | {"grad_norm": norm / (dist.get_world_size() if dist.is_initialized() else 1)}
+    world = dist.get_world_size() if dist.is_initialized() else 1  # over whose processes metrics are summed
+    return totals | {"grad_norm": norm / world, "ratio_error": totals["ratio_error"] / world}
 
 
 def longest_chunk(agent: Agent, data: Decisions, targets: Targets, index: Tensor, args: Args) -> int:
@@ -482,15 +487,15 @@ def longest_chunk(agent: Agent, data: Decisions, targets: Targets, index: Tensor
 
 def scheduled(args: Args, done: float) -> Args:
     """The arguments as they are after a share of the training (detail 7)."""
-    late, held = done >= 0.5, min(1.0, 2 * (1 - done)) if args.anneal_lr else 1.0
-    growth = args.games_growth if late else 1
+    remaining = min(1.0, 2 * (1 - done)) if args.anneal_lr else 1.0  # of the two rates
+    growth = args.games_growth if done >= 0.5 else 1
     return replace(
         args,
-        learning_rate=args.learning_rate * held,
+        learning_rate=args.learning_rate * remaining,
         ent_coef=args.ent_coef + done * (args.ent_coef_final - args.ent_coef),
         barrier_coef=args.barrier_coef + done * (args.barrier_coef_final - args.barrier_coef),
         games_per_update=args.games_per_update * growth,
-        ref_rate=min(1.0, args.ref_rate * held * growth),
+        ref_rate=min(1.0, args.ref_rate * remaining * growth),
     )
 
 
@@ -499,10 +504,10 @@ class Pool:
     """Snapshots of the policy, by the number of games after which they were made."""
 
     def __init__(self, net: Net, size: int = 16):
-        self.nets, self.size = {0: copy.deepcopy(net).requires_grad_(False)}, size
+        self.nets, self.size = {0: frozen(net)}, size
 
     def add(self, net: Net, games: int) -> None:
-        self.nets[games] = copy.deepcopy(net).requires_grad_(False)
+        self.nets[games] = frozen(net)
         if len(self.nets) > self.size:  # every second one goes; the oldest and the newest stay (detail 11)
             for i in list(self.nets)[-2:0:-2]:
                 del self.nets[i]
@@ -514,7 +519,7 @@ class Pool:
         like, self.nets = self.nets[0], {}
         for games, weights in state.items():
             like.load_state_dict(weights)
-            self.nets[games] = copy.deepcopy(like)
+            self.nets[games] = frozen(like)
 
 
 def draw_pairs(learner: Net, pool: Pool, args: Args, generator: torch.Generator) -> list[tuple]:
@@ -524,10 +529,9 @@ def draw_pairs(learner: Net, pool: Pool, args: Args, generator: torch.Generator)
     seats = torch.randint(2, (n,), generator=generator, device=device).tolist()
     chosen = torch.randint(len(pool.nets), (4,), generator=generator, device=device).tolist()
     others = {"self": [learner], "past": [[*pool.nets.values()][i] for i in chosen]}
-    pairs = []
+    others, pairs = [others.get(name, [name]) for name in shares], []  # of each kind
     for i, (kind, seat) in enumerate(zip(kinds, seats, strict=True)):
-        name = [*shares][kind]
-        opponent = others.get(name, [name])[i % len(others.get(name, [name]))]
+        opponent = others[kind][i % len(others[kind])]
         pairs.append((opponent, learner) if seat else (learner, opponent))
     return pairs
 
@@ -571,33 +575,38 @@ def assess(games, agent: Agent, reference: Net, args: Args) -> dict[str, float]:
     if not is_showdown(args):
         games.rng = np.random.default_rng(args.seed + EVAL_SEED)  # every evaluation is dealt the same games
     if levels := [] if is_showdown(args) or args.against else games.levels:
-        for name, *how in (("", net), ("_average", reference), ("_memoryless", net, False)):
-            tables = policy_tables(how[0], levels, games.num_actions, *how[1:])
+        for name, player, memory in (("", net, True), ("_average", reference, True), ("_memoryless", net, False)):
+            tables = policy_tables(player, levels, games.num_actions, memory)
             scores[f"selfplay/exploitability{name}"] = exploitability(games, levels, tables)
     opponents = {name: name for name in ([args.against] if args.against else ("random", *games.scripted))}
     if args.against and Path(args.against).is_file():
         other = copy.deepcopy(agent)
-        load(args.against, **({"reference": other.policy} if args.eval_average else {"agent": other}))
-        opponents = {"opponent": other.policy}
+        saved = load(args.against, **({"reference": other.policy} if args.eval_average else {"agent": other}))["args"]
+        if (saved["env_id"], saved["env_kwargs"]) != (args.env_id, args.env_kwargs):
+            raise InputError(f"{args.against} plays {saved['env_id']} {saved['env_kwargs']}")
+        other.policy.recurrent, opponents = saved["recurrent"], {"opponent": other.policy}
     for name, opponent in opponents.items():
         payoffs = head_to_head(games, net, opponent, args.eval_episodes, generator, not args.eval_likeliest)
         scores |= match_scores(name, payoffs)
-    first = next(iter(opponents))
+    first = next(iter(opponents))  # random, or that of --against
     scores["eval/episodic_return"] = scores[f"selfplay/payoff_vs_{first}"]
     scores["eval/return_std"] = scores[f"selfplay/payoff_std_vs_{first}"]
     rates = [scores[f"selfplay/win_rate_vs_{name}"] for name in opponents]
-    scores["eval/score"] = -scores.get("selfplay/exploitability", -fmean(rates))  # the higher, the better
+    exploitable = scores.get("selfplay/exploitability")
+    scores["eval/score"] = fmean(rates) if exploitable is None else -exploitable  # the higher, the better
     return scores
 
 
 def evaluate(args: Args, device: torch.device) -> dict:
     """The closing summary of a checkpoint."""
+    print(f"playing {args.eval_episodes} games against each opponent", file=sys.stderr)
     run_dir = Path(args.evaluate).parent
     with closing(make_games(args, args.seed + EVAL_SEED, run_dir / "replays" if args.save_replays else None)) as games:
         agent = Agent(games, args).to(device)
-        reference = copy.deepcopy(agent.policy)
+        reference = frozen(agent.policy)
         counters = load(args.evaluate, agent=agent, reference=reference)["counters"]
-        return summary(run_dir, counters, assess(games, agent, reference, args))
+        scores = assess(games, agent, reference, args)
+        return {} if signals else summary(run_dir, counters, scores)
 
 
 def game_scalars(data: Decisions, targets: Targets) -> dict[str, float]:
@@ -639,7 +648,7 @@ def load(path: Path | str, **parts) -> dict:
 
 
 # --- train
-signals: list[int] = []  # SIGINT and SIGTERM received so far; read once per update
+signals: list[int] = []  # SIGINT and SIGTERM received so far; read once per update and per step of an evaluation
 
 
 def on_signal(number: int, frame) -> None:
@@ -688,27 +697,28 @@ def summary(run_dir: Path, counters: dict, scores: dict) -> dict:
 
 def train(args: Args) -> dict:
     """Trains, evaluates the final weights and returns the closing summary, empty if a signal came first. Raises
-    InputError, before any work, for what cannot be. A lost server leaves a checkpoint of the last whole update, any
-    other exception the last checkpoint as it is."""
+    InputError, before any work, for what cannot be. When rank 0 loses its server, it saves the last whole update; any
+    other exception leaves the last checkpoint as it is."""
     check(args)
     device, rank, world = setup(args)
     if args.evaluate:
         return evaluate(args, device) if rank == 0 else {}
-    counters = {"global_step": 0, "seconds": 0.0, "games": 0, "lost_games": 0, "recent": []}  # recent: last 100 payoffs
+    counters = {"global_step": 0, "seconds": 0.0, "updates": 0, "games": 0, "lost_games": 0, "recent": []}
     if args.resume:
         counters = load(f"{args.resume}/checkpoint.pt")["counters"]
         if counters["global_step"] >= args.total_timesteps:
             raise InputError(f"{args.resume} has its steps: --total-timesteps above {counters['global_step']} goes on")
     seed = args.seed + rank + counters["games"]  # resumed, other games are played
-    games, bar, writer, update, stop = make_games(args, seed), None, None, 0, False
+    games = make_games(args, seed)
+    bar, writer, stop = None, None, False
     try:
         eval_games = games if is_showdown(args) else make_games(args, args.seed + EVAL_SEED)
         torch.manual_seed(args.seed)  # for the weights; whatever is random later draws from a generator
         agent = Agent(games, args).to(device)
         if args.init_from:
             load(args.init_from, agent=agent)
-        reference, rng = copy.deepcopy(agent.policy).requires_grad_(False), torch.Generator(device).manual_seed(seed)
-        optimizer, pool = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True), Pool(agent.policy)
+        reference, rng = frozen(agent.policy), torch.Generator(device).manual_seed(seed)
+        optimizer, pool = Adam(agent.parameters(), eps=1e-5, fused=True), Pool(agent.policy)
         parts = {"agent": agent, "reference": reference, "optimizer": optimizer, "pool": pool}
         if args.resume:
             load(f"{args.resume}/checkpoint.pt", **parts)
@@ -716,12 +726,11 @@ def train(args: Args) -> dict:
             run_dir, writer = open_run(args, counters["global_step"])
             save(run_dir / "checkpoint.pt", parts, counters, args)
         tty = {} if sys.stderr.isatty() else {"mininterval": 30, "bar_format": "{l_bar}{bar}{r_bar}\n"}
-        tty |= {"initial": counters["global_step"], "unit_scale": True, "disable": rank > 0}
-        bar = tqdm(total=args.total_timesteps, **tty)
+        bar = tqdm(total=args.total_timesteps, initial=counters["global_step"], disable=rank > 0, unit_scale=1, **tty)
         while counters["global_step"] < args.total_timesteps and not stop:
             # --- games
             started = time.perf_counter()
-            now = scheduled(args, counters["global_step"] / args.total_timesteps)
+            now = scheduled(args, counters["global_step"] / args.total_timesteps)  # the arguments of this update
             optimizer.param_groups[0]["lr"] = now.learning_rate
             pairs = draw_pairs(agent.policy, pool, now, rng)
             try:
@@ -732,16 +741,16 @@ def train(args: Args) -> dict:
                 raise
 
             # --- values, advantages
+            if data is None or len(data.sequence.unique()) < args.num_minibatches:
+                raise InputError(f"too few sequences for --num-minibatches {args.num_minibatches}")
             data = data._replace(reward=data.reward / games.max_payoff)
             pieces = spans(data.sequence if args.recurrent else torch.arange(len(data.action), device=device))
-            if len(pieces[0]) < args.num_minibatches:
-                raise InputError(f"too few decisions for --num-minibatches {args.num_minibatches}")
-            targets = add_targets(agent, reference, data, pieces, args)
+            targets = make_targets(agent, reference, data, pieces, args)
             num_steps = float(all_sum(torch.tensor(float(len(data.action)), device=device)))
             if args.norm_adv:
-                advantage = targets.advantage - all_sum(targets.advantage.sum()) / num_steps
-                std = (all_sum(advantage.square().sum()) / num_steps).sqrt()
-                targets = targets._replace(advantage=advantage / (std + 1e-8))
+                advantages = targets.advantages - all_sum(targets.advantages.sum()) / num_steps
+                std = (all_sum(advantages.square().sum()) / num_steps).sqrt()
+                targets = targets._replace(advantages=advantages / (std + 1e-8))
 
             # --- PPO
             log = []  # metrics of each minibatch: each process holds its share of the sum
@@ -760,10 +769,10 @@ def train(args: Args) -> dict:
             with torch.no_grad():
                 for old, new in zip(reference.parameters(), agent.policy.parameters(), strict=True):
                     old.lerp_(new, now.ref_rate)
-            update += 1
+            counters["updates"] += 1
             counters["global_step"] += int(num_steps)
             counters["games"] += world * len(pairs)
-            counters["lost_games"] += lost
+            counters["lost_games"] += int(all_sum(torch.tensor(lost, device=device)))
             counters["seconds"] += time.perf_counter() - started
             if counters["games"] - max(pool.nets) >= args.snapshot_every:
                 pool.add(agent.policy, counters["games"])
@@ -776,24 +785,24 @@ def train(args: Args) -> dict:
             booked = zip(pairs, payoffs.tolist(), strict=True)  # the learner's payoffs in games against others
             booked = [payoff[pair[1] is agent.policy] for pair, payoff in booked if pair[0] is not pair[1]]
             counters["recent"] = [*counters["recent"], *booked][-100:]
-            counters["train_return_mean"] = fmean(counters["recent"] or [math.nan])
+            scalars["charts/episodic_return"] = counters["train_return_mean"] = fmean(counters["recent"] or [math.nan])
             counters["sps"] = scalars["charts/SPS"] = counters["global_step"] / counters["seconds"]
             scalars["selfplay/games_per_s"] = counters["games"] / counters["seconds"]
             scalars["charts/learning_rate"] = now.learning_rate
-            scalars["charts/episodic_return"] = counters["train_return_mean"]
             scalars["losses/first_ratio_error"] = float(log[0]["ratio_error"])
             if scalars["losses/first_ratio_error"] > 1e-3:
                 bar.write("warning: games and update compute different log-probabilities", file=sys.stderr)
             scalars["selfplay/games"], scalars["selfplay/lost_games"] = counters["games"], counters["lost_games"]
             scalars |= game_scalars(data, targets)
-            bar.set_postfix_str(f"{counters['games']:,} games", refresh=False)
             bar.update(min(int(num_steps), bar.total - bar.n))
             log_scalars(writer, scalars, counters["global_step"])
-            due = done or (args.checkpoint_every and update % args.checkpoint_every == 0)
+            due = done or (args.checkpoint_every and counters["updates"] % args.checkpoint_every == 0)
             if due or stop:
                 save(run_dir / "checkpoint.pt", parts, counters, args)
             if due and not stop:
                 scores = assess(eval_games, agent, reference, args)
+                if signals:  # which cut it short; the next update hears of them on all ranks
+                    continue
                 log_scalars(writer, scores, counters["global_step"])
                 if scores["eval/score"] > counters.get("best", -math.inf):
                     counters["best"] = scores["eval/score"]
@@ -805,11 +814,11 @@ def train(args: Args) -> dict:
                 part.close()
         if writer and counters["global_step"] < args.total_timesteps:
             print(f"continue with: python {sys.argv[0]} --resume {run_dir}", file=sys.stderr)
-    return {} if rank > 0 or stop else summary(run_dir, counters, scores)
+    return {} if rank > 0 or stop or signals else summary(run_dir, counters, scores)
 
 
 def main() -> None:
-    given = re.search(r"--env[-_]id[ =](\S+)", " ".join(sys.argv))
+    given = re.search(r"--env[-_]id[ =](\S+)", " ".join(sys.argv))  # so that --help shows the defaults of that game
     args = tyro.cli(Args, default=Args(env_id=given[1]) if given else Args())
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -833,11 +842,14 @@ def main() -> None:
     if received:
         sys.exit(128 + received[0])
     if result:
-        known = {name.removeprefix("win_rate_vs_"): x for name, x in result.items() if name.startswith("win_rate_vs_")}
-        known = ", ".join(f"won {x:.0%} against {name}" for name, x in known.items())
+        prefix = "win_rate_vs_"
+        lines = [f"won {x:.0%} against {n.removeprefix(prefix)}" for n, x in result.items() if n.startswith(prefix)]
         if "exploitability" in result:
-            known += f" | exploitability {result['exploitability']}, average policy {result['exploitability_average']}"
-        print(known)
+            average = result["exploitability_average"]
+            lines.append(
+                f"exploitability {result['exploitability']}, of the average policy {average}, in equilibrium 0"
+            )
+        print(" | ".join(lines))
         print(f"watch: tensorboard --logdir {args.runs_dir}")
         print(f"evaluate: python {sys.argv[0]} --evaluate {result['run_dir']}/checkpoint.pt")
         print(json.dumps(result))

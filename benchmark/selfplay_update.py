@@ -93,7 +93,7 @@ def main() -> None:
     }
     rows = []
     for task, (data, agent, args) in tasks.items():
-        targets = selfplay.add_targets(agent, agent.policy, data, selfplay.spans(data.sequence), args)
+        targets = selfplay.make_targets(agent, agent.policy, data, selfplay.spans(data.sequence), args)
         for round in range(rounds):
             seconds, expected = {}, None
             for way in (batched, sequences, steps):

@@ -95,7 +95,7 @@ def slow_loss(selfplay, agent, data, targets, args):
             probs = row[allowed].exp() / row[allowed].exp().sum()
             ratio = probs[allowed.index(int(data.action[k]))] / data.logprob[k].exp()
             clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-            policy_loss = -min(ratio * targets.advantage[k], clipped * targets.advantage[k])
+            policy_loss = -min(ratio * targets.advantages[k], clipped * targets.advantages[k])
             entropy = -sum(p * p.log() for p in probs)
             barrier = -sum(p.log() for p in probs) / len(probs)
             kl = sum(p * (p.log() - targets.reference[k, a]) for p, a in zip(probs, allowed, strict=True))
@@ -126,7 +126,7 @@ def with_targets(selfplay, agent, data, args):
     with torch.no_grad():
         for weight in reference.parameters():
             weight += 0.1 * torch.randn_like(weight)
-    return reference, selfplay.add_targets(agent, reference, data, pieces_of(selfplay, data, args), args)
+    return reference, selfplay.make_targets(agent, reference, data, pieces_of(selfplay, data, args), args)
 
 
 def assert_is_the_loop(selfplay, agent, data, args):
@@ -259,7 +259,7 @@ def test_03_gae_runs_over_a_players_own_decisions(selfplay):
         delta = [float(data.reward[first + t]) + 0.9 * value[t + 1] - value[t] for t in range(length)]
         for t in range(length):
             advantage = sum((0.9 * 0.8) ** (k - t) * delta[k] for k in range(t, length))
-            assert abs(float(targets.advantage[first + t]) - advantage) < 1e-12
+            assert abs(float(targets.advantages[first + t]) - advantage) < 1e-12
             assert abs(float(targets.returns[first + t]) - advantage - value[t]) < 1e-12
 
 
@@ -304,8 +304,8 @@ def test_04_padding_has_no_influence(selfplay):
     torch.testing.assert_close(
         fast_loss(selfplay, agent, data, targets, args, first)[1], before, atol=1e-12, rtol=1e-10
     )
-    again = selfplay.add_targets(agent, agent.policy, data, pieces_of(selfplay, data, args), args)
-    for name in ("value", "advantage", "returns"):
+    again = selfplay.make_targets(agent, agent.policy, data, pieces_of(selfplay, data, args), args)
+    for name in ("value", "advantages", "returns"):
         torch.testing.assert_close(getattr(again, name)[:-3], getattr(targets, name)[:-3])
 
 
@@ -647,7 +647,7 @@ def alone(selfplay, **coefficients):
     args, agent = toy_agent(selfplay, **(nothing | coefficients))
     data = random_data(selfplay, [4, 4, 6], torch.float32)
     _, targets = with_targets(selfplay, agent, data, args)
-    return args, agent, data, targets._replace(advantage=torch.zeros_like(targets.advantage))
+    return args, agent, data, targets._replace(advantages=torch.zeros_like(targets.advantages))
 
 
 def test_07_the_reference_pulls_the_policy_towards_itself(selfplay):

@@ -11,6 +11,8 @@ import torch
 from helpers import LAUNCHERS, assert_refused, checkpoints_equal, run, start, step_of, wait_for_checkpoint
 from toys import same_but_for_time, scalars
 
+from environments.openspiel import OpenSpielGames
+
 SMALL = {
     "env_id": "kuhn_poker",
     "num_envs": 32,
@@ -189,9 +191,7 @@ def test_a_failing_evaluation_costs_no_training(selfplay, tmp_path, monkeypatch)
 
 
 def test_against_a_checkpoint_plays_its_policy_or_its_average(selfplay, tmp_path, monkeypatch):
-    first, second = (
-        f"{small_run(selfplay, tmp_path / n, seed=s)['run_dir']}/checkpoint.pt" for n, s in (("a", 1), ("b", 2))
-    )
+    first, second = (f"{small_run(selfplay, tmp_path / n, recurrent=n == 'a')['run_dir']}/checkpoint.pt" for n in "ab")
     mine, other = (torch.load(path, weights_only=True) for path in (first, second))
     real, players = selfplay.head_to_head, []
     monkeypatch.setattr(selfplay, "head_to_head", lambda *args: players.append(args[1:3]) or real(*args))
@@ -202,6 +202,13 @@ def test_against_a_checkpoint_plays_its_policy_or_its_average(selfplay, tmp_path
         for net, state in zip(players[-1], (mine, other), strict=True):
             policy = {name[7:]: x for name, x in state["agent"].items() if name.startswith("policy.")}
             assert checkpoints_equal(dict(net.state_dict()), dict(state["reference"] if average else policy))
+        assert [net.recurrent for net in players[-1]] == [True, False]  # each as it was trained
+    with pytest.raises(selfplay.InputError, match="plays kuhn_poker"):
+        changes = {"env_id": "leduc_poker", "evaluate": None, "total_timesteps": 100}
+        leduc = f"{small_run(selfplay, tmp_path / 'c', **changes)['run_dir']}/checkpoint.pt"
+        state = selfplay.load(leduc)["args"] | {"evaluate": leduc, "against": second}
+        monkeypatch.setattr(selfplay, "load", lambda path, **parts: {"args": mine["args"], "counters": {}})
+        selfplay.train(selfplay.Args(**state))
 
 
 def test_evaluate_and_init_from(selfplay, selfplay_path, tmp_path, monkeypatch):
@@ -243,6 +250,8 @@ WRONG = [
     (["--opponents", "self"], "expected name:share"),
     (["--opponents", "self:0.5,heuristic:0.5"], "no opponent heuristic"),
     (["--opponents", "self:0"], "not all 0"),
+    (["--opponents", "self:nan"], "not all 0"),
+    (["--opponents", "self:inf"], "not all 0"),
     (["--opponents", "self:1,past:-0.1"], "shares must be 0 or more"),
     (["--against", "random"], "--against needs --evaluate"),
     (["--evaluate", "nowhere.pt"], "nowhere.pt"),
@@ -270,6 +279,39 @@ def test_a_signal_saves_says_how_to_go_on_and_exits(selfplay, selfplay_path, tmp
     more = run(selfplay_path, "--resume", checkpoint.parent, "--total-timesteps", saved + 64)
     assert more.returncode == 0, more.stderr
     assert json.loads(more.stdout.splitlines()[-1])["global_step"] > saved
+
+
+@pytest.mark.parametrize("where", ["observation", "reward"])
+def test_what_is_not_finite_is_an_error(selfplay, tmp_path, monkeypatch, where):
+    real = OpenSpielGames.observe
+
+    def observe(games):
+        turn = real(games)
+        (turn.obs if where == "observation" else turn.ended[0].reward if turn.ended else turn.obs[:0])[:1] = np.nan
+        return turn
+
+    monkeypatch.setattr(OpenSpielGames, "observe", observe)
+    with pytest.raises(FloatingPointError, match="an observation or a reward that is not finite"):
+        small_run(selfplay, tmp_path)
+
+
+def test_a_signal_cuts_an_evaluation_short(selfplay, tmp_path, monkeypatch):
+    """Running games end, no others start, and there is no summary."""
+    checkpoint, real, seen = f"{small_run(selfplay, tmp_path)['run_dir']}/checkpoint.pt", selfplay.play, []
+
+    def play(*args, **how):
+        selfplay.signals.append(signal.SIGINT)
+        seen.append(real(*args, **how))
+        return seen[-1]
+
+    monkeypatch.setattr(selfplay, "play", play)
+    args = selfplay.load(checkpoint)["args"] | {"evaluate": checkpoint, "eval_episodes": 200}
+    try:
+        assert selfplay.train(selfplay.Args(**args)) == {}
+    finally:
+        selfplay.signals.clear()
+    ended = np.isfinite(seen[0][0]).all(1).sum()
+    assert 0 < ended <= SMALL["num_envs"] and len(seen) == 1
 
 
 def test_a_lost_connection_saves_first(selfplay, tmp_path, monkeypatch):

@@ -483,11 +483,11 @@ def test_a_cut_connection_in_mid_training_leaves_no_half_battle(selfplay, proxy,
 
     def targets(agent, reference, data, *rest):
         batches.append(data)
-        return add_targets(agent, reference, data, *rest)
+        return make_targets(agent, reference, data, *rest)
 
-    add_targets = selfplay.add_targets
+    make_targets = selfplay.make_targets
     monkeypatch.setattr(ShowdownGames, "act", act)
-    monkeypatch.setattr(selfplay, "add_targets", targets)
+    monkeypatch.setattr(selfplay, "make_targets", targets)
     monkeypatch.setattr(selfplay, "assess", lambda *args: {"eval/score": 0.0})
     changes = {"server": proxy.url, "opponents": "self:1", "total_timesteps": 100, "ko_coef": 0.0, "hp_coef": 0.0}
     result = small_run(selfplay, tmp_path, **changes)
