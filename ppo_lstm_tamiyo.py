@@ -8,7 +8,7 @@ The data goes one way, and each arrow has its function below:
     Rollout ── cut_segments ──▶ columns [L, S] ──▶ minibatches of them  consecutive steps of one environment
     minibatch ── Agent.unroll ── ppo_loss ── descend ──▶ weights        one LSTM call, flushed between episodes
 
-Letters in shapes: T steps, N environments, D entries of the flat observation, A actions, F features of the LSTM, B or M
+Letters in shapes: T steps, N environments, D entries of what the agent sees, A actions, F features of the LSTM, B or M
 samples; [L, S] are L rows of S columns (cut_segments). The hosts are in environments/hosts.py. PPO: Schulman et al.
 2017, arXiv 1707.06347; controller and lifecycle of modules follow github.com/tachyon-beep/esper-lite. `detail 5`:
 docs/ppo_lstm_tamiyo.md.
@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from common.gae import gae
 from common.obs import entry_names, flatten
-from environments.hosts import ACTIONS, HELD_OUT, OBSERVATION, WAIT
+from environments.hosts import ACTIONS, HELD_OUT, OBSERVATION, UNSEEN, WAIT
 
 
 @dataclass
@@ -148,20 +148,25 @@ class RunningMeanStd(nn.Module):
 
 
 class Agent(nn.Module):
-    """encoder -> LSTM -> hidden layer, which sees both -> actor (its first half), critic (its second). Values are
-    normalised. obs [..., D + A] is the flattened observation and the action before it, zeros at an episode's start; the
-    state [N, 2, F] the LSTM's h (features) and c."""
+    """encoder -> LSTM -> actor and critic, each with a hidden layer that sees both. Values are normalised. obs [..., D]
+    is the flattened observation, the action before it (zeros at an episode's start) and what the critic alone sees
+    (detail 11); the state [N, 2, F] the LSTM's h (features) and c."""
 
     def __init__(self, obs_space: gym.Space, action_space: Discrete, args: Args):
         super().__init__()
         self.action_space, self.num_actions, width = action_space, int(action_space.n), args.lstm_hidden
         self.of_hosts = args.env_id.endswith("Morphogenesis-v0")
         self.reset_every = args.reset_every if args.recurrent else 1
-        obs_size = len(entry_names(obs_space)) + self.num_actions
-        self.obs_stats, self.return_stats = RunningMeanStd((obs_size,)), RunningMeanStd((), memory=100_000)
-        self.encoder, self.lstm, self.hidden = nn.Linear(obs_size, 64), nn.LSTM(64, width), nn.Linear(64 + width, 128)
-        self.actor, self.critic = nn.Linear(64, self.num_actions), nn.Linear(64, 1)  # each sees its half of `hidden`
-        for layer, gain in ((self.encoder, 1.4), (self.hidden, 1.4), (self.actor, 0.01), (self.critic, 1.0)):
+        unseen, self.obs_size = len(UNSEEN) if self.of_hosts else 0, len(entry_names(obs_space)) + self.num_actions
+        self.obs_stats, self.return_stats = (
+            RunningMeanStd((self.obs_size + unseen,)),
+            RunningMeanStd((), memory=100_000),
+        )
+        self.encoder, self.lstm = nn.Linear(self.obs_size, 64), nn.LSTM(64, width)
+        self.for_actor, self.for_critic = nn.Linear(64 + width, 64), nn.Linear(64 + width + unseen, 64)
+        self.actor, self.critic = nn.Linear(64, self.num_actions), nn.Linear(64, 1)
+        gains = {self.encoder: 1.4, self.for_actor: 1.4, self.for_critic: 1.4, self.actor: 0.01, self.critic: 1.0}
+        for layer, gain in gains.items():
             nn.init.orthogonal_(layer.weight, gain)
             nn.init.zeros_(layer.bias)
         if self.of_hosts:  # equal chances would cull nearly every seed before it grows
@@ -180,35 +185,38 @@ class Agent(nn.Module):
         """Whether a step, so many after its episode's start, starts from the initial state."""
         return (age % self.reset_every if self.reset_every else age) == 0
 
-    def normalize_obs(self, obs: Tensor) -> Tensor:
-        return self.obs_stats.normalize(obs).clamp(-10, 10)
+    def encode(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """What goes into the LSTM [..., 64], and what the critic alone sees."""
+        seen, unseen = self.obs_stats.normalize(obs).clamp(-10, 10).tensor_split([self.obs_size], -1)
+        return self.encoder(seen).tanh(), unseen
 
-    def heads(self, encoded: Tensor, features: Tensor, action_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        for_actor, for_critic = self.hidden(torch.cat((encoded, features), -1)).tanh().chunk(2, -1)
-        logits = self.actor(for_actor)
+    def heads(
+        self, encoded: Tensor, features: Tensor, unseen: Tensor, action_mask: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        logits = self.actor(self.for_actor(torch.cat((encoded, features), -1)).tanh())
         if action_mask is not None:
             logits = logits.masked_fill(~action_mask, torch.finfo(logits.dtype).min)
-        return logits, self.critic(for_critic).squeeze(-1)
+        return logits, self.critic(self.for_critic(torch.cat((encoded, features, unseen), -1)).tanh()).squeeze(-1)
 
     def step(self, obs: Tensor, state: Tensor, action_mask: Tensor | None = None) -> tuple[Tensor, ...]:
-        """obs [N, D + A], state [N, 2, F], action_mask [N, A] -> logits [N, A], values [N], the next state."""
-        encoded = self.encoder(self.normalize_obs(obs)).tanh()
+        """obs [N, D], state [N, 2, F], action_mask [N, A] -> logits [N, A], values [N], the next state."""
+        encoded, unseen = self.encode(obs)
         state = torch.stack(torch.lstm_cell(encoded, state.unbind(1), *self.lstm.all_weights[0]), 1)
-        return *self.heads(encoded, state[:, 0], action_mask), state
+        return *self.heads(encoded, state[:, 0], unseen, action_mask), state
 
     def unroll(self, obs: Tensor, state: Tensor, flush: Tensor, action_mask: Tensor | None) -> tuple[Tensor, ...]:
-        """obs [L, S, D + A], state [S, 2, F], action_mask [L, S, A] -> logits [L, S, A], values [L, S]. A step with
+        """obs [L, S, D], state [S, 2, F], action_mask [L, S, A] -> logits [L, S, A], values [L, S]. A step with
         `flush` [L, S] leaves the initial state: one more input, with weights `shut`, closes two gates (detail 2)."""
-        encoded = self.encoder(self.normalize_obs(obs)).tanh()
+        encoded, unseen = self.encode(obs)
         w_input, *weights = self.lstm.all_weights[0]  # below: biases, layers, dropout, training, both ways, batch first
         x, w_input = torch.cat((encoded, flush[..., None]), -1), torch.cat((w_input, self.shut), 1)
         h, c = state.transpose(0, 1).contiguous().unsqueeze(1)  # each [1, S, F]
         features, _, _ = torch.lstm(x, (h, c), [w_input, *weights], True, 1, 0.0, True, False, False)
-        return self.heads(encoded, features, action_mask)
+        return self.heads(encoded, features, unseen, action_mask)
 
     @torch.no_grad()
     def update_statistics(self, obs: Tensor, returns: Tensor) -> None:
-        """Merges obs [M, D + A] and returns [M]; denormalised values stay as they are (PopArt, 1602.07714, eq. 9)."""
+        """Merges obs [M, D] and returns [M]; denormalised values stay as they are (PopArt, 1602.07714, eq. 9)."""
         stats, mean, std = self.return_stats, self.return_stats.mean.clone(), self.return_stats.std.clone()
         self.obs_stats.update(obs)
         stats.update(returns)
@@ -233,7 +241,7 @@ def logprob_entropy(logits: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
 class Rollout(NamedTuple):
     """T steps of N environments: what the agent saw and its state *before* the step, what it did, what came back."""
 
-    obs: Tensor  # [T, N, D + A]
+    obs: Tensor  # [T, N, D]
     age: Tensor  # [T, N] steps since the episode's start
     state: Tensor  # [T, N, 2, F]
     action_mask: Tensor  # [T, N, A] bool: what may be chosen
@@ -243,7 +251,7 @@ class Rollout(NamedTuple):
     reward: Tensor  # [T, N]
     terminated: Tensor  # [T, N] bool
     truncated: Tensor  # [T, N] bool
-    next_obs: Tensor  # [T, N, D + A] the true next observation, the last one of an episode included
+    next_obs: Tensor  # [T, N, D] the true next observation, the last one of an episode included
 
 
 class Episode(NamedTuple):
@@ -268,8 +276,11 @@ def play(envs: VectorEnv, agent: Agent, seeds: list[int], sampled: bool = True, 
             raise ValueError(f"environment {int(n)} allows no action at all")
         return action_mask.to(device)
 
+    def seen(raw, action: np.ndarray, infos: dict) -> np.ndarray:
+        return np.concatenate((flatten(obs_space, raw), action, infos.get("unseen", no_action[:, :0])), 1)
+
     raw, infos = envs.reset(seed=seeds)
-    obs = torch.from_numpy(np.concatenate((flatten(obs_space, raw), no_action), 1)).to(device)
+    obs = torch.from_numpy(seen(raw, no_action, infos)).to(device)
     age, fresh = torch.zeros(envs.num_envs, dtype=torch.int64, device=device), agent.initial_state(envs.num_envs)
     state, action_mask = fresh, masks(infos)
     while True:
@@ -277,12 +288,11 @@ def play(envs: VectorEnv, agent: Agent, seeds: list[int], sampled: bool = True, 
         action = sample(logits, generator)
         taken = action.cpu().numpy()
         raw, reward, terminated, truncated, infos = envs.step(taken + start_action)
-        one_hot, episodes = np.eye(agent.num_actions, dtype=np.float32)[taken], []
-        new = np.concatenate((flatten(obs_space, raw), one_hot), 1)
+        new, episodes = seen(raw, np.eye(agent.num_actions, dtype=np.float32)[taken], infos), []
         next_obs = new.copy()  # the two differ where an episode ends: there, `new` is the first of the next one
         for n in np.flatnonzero(terminated | truncated):
-            new[n, -agent.num_actions :] = 0
-            next_obs[n, : -agent.num_actions] = gym.spaces.flatten(obs_space, infos["final_obs"][n])
+            final = gym.spaces.flatten(obs_space, infos["final_obs"][n])
+            next_obs[n, : len(final)], new[n, len(final) : len(final) + agent.num_actions] = final, 0
             info = infos["final_info"]
             closing = {name: x[n] for name, x in info.items() if agent.of_hosts and name != "episode"}
             episodes.append(Episode(n, float(info["episode"]["r"][n]), int(info["episode"]["l"][n]), closing))

@@ -94,6 +94,7 @@ OBSERVATION = {  # name: range
     "fossilized_slots": (0, 1),
     "parameter_ratio": (0, 3),  # of all modules to the host
 }
+UNSEEN = ("time", "worth", *(f"{name} is unsound" for name in BLUEPRINTS))  # in infos, for critics in training
 
 
 @functools.cache
@@ -246,8 +247,8 @@ MODULE_SIZE = max(map(size, module_shapes_of(WIDTH).values()))
 
 # --- the environment
 class Morphogenesis(VectorEnv):
-    """N hosts; one step is an epoch of each. Actions are ACTIONS, observations OBSERVATION, both in that order, and
-    `infos["action_mask"]` [N, 8] tells what is allowed; anything else raises ValueError. Autoreset is SAME_STEP.
+    """N hosts; one step is an epoch of each. Actions are ACTIONS, observations OBSERVATION, both in that order.
+    `infos["action_mask"]` [N, 8] tells what is allowed, else ValueError is raised; `infos["unseen"]` [N, E] are UNSEEN.
 
     A host's worth is ACCURACY times its accuracy on all validation images beyond that of its twin, which has the same
     start and the same data, and in which nothing grows, minus PRICE times its modules' parameters, as a share of the
@@ -255,9 +256,8 @@ class Morphogenesis(VectorEnv):
     A host whose loss is no longer finite ends its episode there, with the accuracy of guessing. Only `final_info` tells
     anything about the test images.
 
-    `reset(seed=[…])` gives each host a seed, which determines everything but the actions. `options={"modules": x}`,
-    x [N, SLOTS], lets hosts start with permanent modules (blueprint numbers, or -1). `history` adds the last so many
-    observations.
+    `reset(seed=[…])` gives each host a seed, which determines everything but the actions. `options={"modules": x}`, x
+    [N, SLOTS], starts hosts with permanent modules (blueprints, or -1). `history` adds the last so many observations.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
@@ -507,7 +507,8 @@ class Morphogenesis(VectorEnv):
         return self.observe(), reward, done, np.zeros(self.num_envs, bool), infos | self.infos()
 
     def infos(self) -> dict[str, np.ndarray]:
-        return {"action_mask": self.action_masks(), "_action_mask": np.ones(self.num_envs, bool)}
+        unseen = np.column_stack((self.epoch / self.setting.epochs, self.worth, self.unsound)).astype(np.float32)
+        return {"action_mask": self.action_masks(), "_action_mask": np.ones(self.num_envs, bool), "unseen": unseen}
 
     def final_info(self, diverged: np.ndarray) -> dict:
         """Of the hosts as they stand, and of their twins ("bare")."""

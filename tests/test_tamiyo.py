@@ -1,6 +1,7 @@
 """The maths of ppo_lstm_tamiyo.py against slow references that are obvious. Numbers are the details of docs/."""
 
 import json
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from torch.distributions import Categorical
 from toys import BOTH_SETTINGS, gradients, tiny_hosts
 
-from environments.hosts import HELD_OUT, OBSERVATION, Morphogenesis
+from environments.hosts import HELD_OUT, OBSERVATION, UNSEEN, Morphogenesis
 
 
 @pytest.fixture
@@ -274,14 +275,43 @@ def test_10_evaluation_is_a_plain_loop_over_single_hosts(tamiyo, quick, reset_ev
             if not memory or (reset_every and t % reset_every == 0):
                 state = agent.initial_state(1)
             mask = torch.from_numpy(infos["action_mask"])
+            unseen = torch.zeros(1, len(UNSEEN))  # which does not matter to the policy
             with torch.no_grad():
-                logits, _, state = agent.step(torch.cat((torch.from_numpy(obs), last), 1), state, mask)
+                logits, _, state = agent.step(torch.cat((torch.from_numpy(obs), last, unseen), 1), state, mask)
             action = logits.argmax(-1)
             assert rollout.action[t, n] == action
             obs, reward, (done,), _, infos = env.step(action.numpy())
             last, rewards, t = torch.eye(8)[action], rewards + reward[0], t + 1
         assert total == pytest.approx(rewards, abs=1e-3) and length == t
         assert (info["test_correct"] != infos["final_info"]["test_correct"][0]).mean() < 0.04  # rounding may tip one
+
+
+def test_11_what_is_unseen_reaches_the_critic_only(tamiyo, quick):
+    """In a rollout of hosts, and in the update: logits and states do not depend on it, values do."""
+    agent, args = an_agent(tamiyo, num_steps=30)
+    agent.obs_stats.update(torch.randn(50, len(agent.obs_stats.mean)))
+    with closing(tamiyo.make_envs(args, 4)) as envs:
+        rollout, _ = tamiyo.collect(tamiyo.play(envs, agent, [1, 2, 3, 4]), 30)
+        size = envs.single_observation_space.shape[0] + 8
+    for obs in (rollout.obs, rollout.next_obs):
+        unsound = obs[..., size + 2 :]
+        assert ((unsound == 0) | (unsound == 1)).all() and 0.1 < unsound.mean() < 0.6
+    assert len(UNSEEN) == rollout.obs.shape[-1] - size
+    age = rollout.age.float()
+    torch.testing.assert_close(rollout.obs[..., size], age / 25)
+    first = rollout.age == 0
+    assert (rollout.obs[..., size + 1][first] == 0).all()  # nothing is grown
+    gained = rollout.next_obs[:24, :, size + 1] - rollout.obs[:24, :, size + 1]
+    torch.testing.assert_close(gained, rollout.reward[:24], atol=1e-5, rtol=0)
+    other = rollout.obs.clone()
+    other[..., size:] += 1
+    step, changed = (agent.step(obs[3], rollout.state[3], rollout.action_mask[3]) for obs in (rollout.obs, other))
+    assert torch.equal(step[0], changed[0]) and torch.equal(step[2], changed[2]) and (step[1] != changed[1]).all()
+    flush = torch.zeros(rollout.age.shape, dtype=torch.bool)
+    logits, values = zip(
+        *(agent.unroll(x, rollout.state[0], flush, rollout.action_mask) for x in (rollout.obs, other)), strict=True
+    )
+    assert torch.equal(*logits) and (values[0] != values[1]).all()
 
 
 def test_10_all_seeds_are_evaluated_on_the_same_hosts(tamiyo, quick):
