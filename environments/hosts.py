@@ -41,15 +41,16 @@ class Setting(NamedTuple):
     minibatches: int  # of an epoch
     sprout: int  # a seed stays GERMINATED for 1 to so many epochs
     training: int  # epochs of TRAINING
-    embargo: int  # epochs of EMBARGOED, one after a cull
+    culled: int  # epochs of CULLED, in which nothing can be germinated
+    embargo: int  # epochs of EMBARGOED, behind them
     unsound: float  # probability for each blueprint
     pace: float  # step size of modules, in units of their host's
     clock: bool  # whether the epoch is observed
 
 
-SETTINGS = {  # in `memory`, no single look tells what was tried before, and trying again is free
-    "plain": Setting(25, 12, sprout=1, training=3, embargo=3, unsound=0.3, pace=1.0, clock=True),
-    "memory": Setting(75, 4, sprout=8, training=9, embargo=0, unsound=0.5, pace=3.0, clock=False),
+SETTINGS = {  # in `memory`, nothing tells what was tried before, not even the action before, and trying again is free
+    "plain": Setting(25, 12, sprout=1, training=3, culled=1, embargo=3, unsound=0.3, pace=1.0, clock=True),
+    "memory": Setting(75, 4, sprout=8, training=9, culled=2, embargo=0, unsound=0.5, pace=3.0, clock=False),
 }
 BATCH_SIZE, MOMENTUM = 32, 0.9
 WIDTHS, WIDTH = (2, 3, 4), 4  # channels of a host, and those to which all are padded
@@ -162,8 +163,7 @@ def diagonals(positions: int) -> Tensor:
 
 def spread(kernel: Tensor, joins: Tensor) -> Tensor:
     """3 x 3 kernels [R, in, out, 9] -> matrices [R, Q * in, Q * out] that do the convolution (zero padding)."""
-    rows, inputs, outputs, _ = kernel.shape
-    positions = math.isqrt(joins.shape[1])
+    (rows, inputs, outputs, _), positions = kernel.shape, math.isqrt(joins.shape[1])
     dense = (kernel.reshape(-1, 9) @ joins).view(rows, inputs, outputs, positions, positions)
     return dense.permute(0, 3, 1, 4, 2).reshape(rows, positions * inputs, positions * outputs)
 
@@ -360,15 +360,15 @@ class Morphogenesis(VectorEnv):
             Stage.GERMINATED: (self.sprout[:, None], Stage.TRAINING),
             Stage.TRAINING: (self.setting.training, Stage.BLENDING),
             Stage.BLENDING: (BLENDING, Stage.HOLDING),
-            Stage.CULLED: (1, Stage.EMBARGOED),
+            Stage.CULLED: (self.setting.culled, Stage.EMBARGOED),
             Stage.EMBARGOED: (self.setting.embargo, Stage.DORMANT),
         }
 
     def action_masks(self) -> np.ndarray:
         """[N, 8] bool."""
-        live, mask = np.isin(self.stage, LIVE).any(1), np.zeros((self.num_envs, len(ACTIONS)), bool)
+        taken, mask = np.isin(self.stage, (*LIVE, Stage.CULLED)).any(1), np.zeros((self.num_envs, len(ACTIONS)), bool)
         mask[:, WAIT] = True
-        mask[:, GERMINATE:FOSSILIZE] = ((self.stage == Stage.DORMANT).any(1) & ~live)[:, None]
+        mask[:, GERMINATE:FOSSILIZE] = ((self.stage == Stage.DORMANT).any(1) & ~taken)[:, None]
         mask[:, FOSSILIZE] = (self.stage == Stage.HOLDING).any(1)
         mask[:, CULL] = np.isin(self.stage, LIVE[1:]).any(1)
         return mask

@@ -174,7 +174,7 @@ class SlowHost:
                 "GERMINATED": (getattr(self.modules[i], "sprout", 0), "TRAINING"),
                 "TRAINING": (self.setting.training, "BLENDING"),
                 "BLENDING": (5, "HOLDING"),
-                "CULLED": (1, "EMBARGOED" if self.setting.embargo else "DORMANT"),
+                "CULLED": (self.setting.culled, "EMBARGOED" if self.setting.embargo else "DORMANT"),
                 "EMBARGOED": (self.setting.embargo, "DORMANT"),
             }.get(stage, (99, None))
             if self.age[i] >= epochs:
@@ -407,15 +407,26 @@ AN_EPOCH = {  # every way in which an action and the epoch behind it change a sl
     "memory": {
         "germinate": {("DORMANT", "TRAINING"), ("DORMANT", "GERMINATED")},
         "fossilize": {("HOLDING", "FOSSILIZED")},
-        "cull": {(stage, "DORMANT") for stage in ("TRAINING", "BLENDING", "HOLDING")},
-        "time": {("GERMINATED", "TRAINING"), ("TRAINING", "BLENDING"), ("BLENDING", "HOLDING")},
+        "cull": {(stage, "CULLED") for stage in ("TRAINING", "BLENDING", "HOLDING")},
+        "time": {("GERMINATED", "TRAINING"), ("TRAINING", "BLENDING"), ("BLENDING", "HOLDING"), ("CULLED", "DORMANT")},
     },
 }
 
 
+def test_in_memory_an_agent_that_may_germinate_does_not_see_that_it_has_culled():
+    """Not even by the action before."""
+    env, rng, last = Morphogenesis(16, "memory"), np.random.default_rng(0), np.zeros(16)
+    _, infos = env.reset(seed=0)
+    for _ in range(40):
+        assert not (infos["action_mask"][:, GERMINATE] & (last == CULL)).any()
+        last = random_actions(infos["action_mask"], rng, waiting=0.5)
+        *_, infos = env.step(last)
+    assert env.culls.sum() > 16
+
+
 def allowed_by_hand(stages):
     live = [stage for stage in stages if stage in ("GERMINATED", "TRAINING", "BLENDING", "HOLDING")]
-    grow = not live and "DORMANT" in stages
+    grow = not live and "DORMANT" in stages and "CULLED" not in stages
     return [True, *[grow] * 5, live == ["HOLDING"], bool(live) and live != ["GERMINATED"]]
 
 
