@@ -46,7 +46,7 @@ PLAN, TOLD = "best fixed plan", "told what is unsound"
 REMEMBERS, LOOKS = "best rule that remembers", "best rule that does not"
 BEST = {  # of benchmark/tamiyo_rules.py, on other hosts: a plan, then orders of blueprints and thresholds
     "plain": {PLAN: ((0, 0), (0, 3)), REMEMBERS: ((0, 4, 3, 2), -0.03), LOOKS: ((4, 3), -0.03), TOLD: (0, 4, 3, 2)},
-    "memory": {PLAN: ((0, 0), (0, 3)), REMEMBERS: ((0, 3, 4, 2), -0.03), LOOKS: ((0, 3), -0.03), TOLD: (0, 3, 4, 2)},
+    "memory": {PLAN: ((10, 1),), REMEMBERS: ((0, 4, 3), -0.015), LOOKS: ((0, 3), -0.05), TOLD: (3, 4, 0, 2)},
 }
 # of a host
 FIGURES = ("test_accuracy", "validation_accuracy", "parameter_ratio", "germinations", "fossilized", "culled")
@@ -276,8 +276,9 @@ def write_csv(rows: dict[str, dict[int, dict]]) -> None:
 
 def table(draws: int = 2000) -> None:
     rows = load_evaluations()
-    if not {"LSTM", PLAN, REMEMBERS} <= rows.keys():
-        sys.exit("nothing to compare yet: train and evaluate first")
+    if not {PLAN, REMEMBERS} <= rows.keys():
+        sys.exit("nothing to compare yet: evaluate first")
+    chief = "LSTM" if "LSTM" in rows else REMEMBERS  # which is compared with all others
     write_csv(rows)
     returns = {label: np.stack([entry["worth"] for entry in seeds.values()]) for label, seeds in rows.items()}
     correct = {label: np.stack([100 * entry["correct"] for entry in seeds.values()]) for label, seeds in rows.items()}
@@ -294,17 +295,17 @@ def table(draws: int = 2000) -> None:
         return beyond(observed[one][i] - observed[other][i], drawn[one][i] - drawn[other][i], by_seed, (2, 1)[i])
 
     lines = [
-        "| policy | seeds | return | LSTM beyond it | sampled | LSTM beyond it, sampled | test accuracy, % | "
-        "LSTM beyond it | parameters added |",
+        f"| policy | seeds | return | {chief} beyond it | sampled | {chief} beyond it, sampled | test accuracy, % | "
+        f"{chief} beyond it | parameters added |",
         "|---" * 9 + "|",
     ]
     for label in sorted(rows.keys() - map(SAMPLED.format, CONTROLLERS), key=lambda label: -observed[label][0]):
-        other = ["", ""] if label == "LSTM" else [compared("LSTM", label, i) for i in range(2)]
+        other = ["", ""] if label == chief else [compared(chief, label, i) for i in range(2)]
         added = np.mean([entry["parameter_ratio"] for entry in rows[label].values()])
         cells = [label, str(len(rows[label])), f"{observed[label][0]:.2f}", other[0]]
         sampled = SAMPLED.format(label) if label in CONTROLLERS else label
         cells += [f"{observed[sampled][0]:.2f}" if label in CONTROLLERS else ""]
-        cells += ["" if label in LSTM_ROWS else compared(SAMPLED.format("LSTM"), sampled, 0)]
+        cells += ["" if label in LSTM_ROWS or chief != "LSTM" else compared(SAMPLED.format("LSTM"), sampled, 0)]
         cells += [f"{observed[label][1]:.1f}", other[1], f"{added:.0%}"]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Culls after which the host ended better off than with the seed, a share for each controller:", ""]
@@ -312,7 +313,8 @@ def table(draws: int = 2000) -> None:
         better = [entry["better"] for entry in seeds.values() if len(entry["better"])]
         if sum(map(len, better)) >= 50:
             lines.append(f"- {label}: {precision(better)}")
-    lines += ["", *curves({label: rows[label] for label in CONTROLLERS if label in rows}, observed[REMEMBERS][0])]
+    if trained := {label: rows[label] for label in CONTROLLERS if label in rows}:
+        lines += ["", *curves(trained, observed[REMEMBERS][0])]
     if TOLD in rows:
         knowing = compared(TOLD, PLAN, 0)
         lines += ["", f"- told which blueprints are unsound, beyond the best fixed plan: {knowing}"]
