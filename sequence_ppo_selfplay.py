@@ -76,12 +76,12 @@ class Args:  # the comments are what --help says
     cuda: bool = True  # use a CUDA device if there is one
     torch_threads: int = 1  # threads of torch on the CPU; one is fastest for small recurrent networks
     runs_dir: str = "runs"  # folder that holds the run folders
-    checkpoint_every: int | None = None  # updates between checkpoints, each with an evaluation; 0 = only at the end
+    checkpoint_every: int = None  # updates between checkpoints, each with an evaluation; 0 = only at the end
     resume: str | None = None  # a run folder to continue, with its arguments unless others are given
     init_from: str | None = None  # a checkpoint whose networks to start from
     evaluate: str | None = None  # a checkpoint to evaluate, with its arguments unless others are given; no training
     against: str | None = None  # with --evaluate, the only opponent: a checkpoint, random, max_power or heuristic
-    eval_episodes: int | None = None  # games against each opponent of an evaluation, half of them in each seat
+    eval_episodes: int = None  # games against each opponent of an evaluation, half of them in each seat
     eval_likeliest: bool = False  # evaluate the likeliest actions; with hidden information good play is mostly mixed
     eval_average: bool = False  # evaluate the reference policy, a moving average of the weights
     env_id: str = "leduc_poker"  # ENVIRONMENT: a game of OpenSpiel, or a format of Pokémon Showdown: gen9randombattle
@@ -90,32 +90,32 @@ class Args:  # the comments are what --help says
     ko_coef: float = 0.1  # Showdown only: reward for each foe that faints, and loss for each own Pokémon; winning is 1
     hp_coef: float = 0.1  # Showdown only: the same for hit points, in units of one Pokémon's full ones
     save_replays: bool = False  # Showdown only: with --evaluate, save the battles as HTML beside the checkpoint
-    opponents: str | None = None  # SELF-PLAY: shares of self (both sides learn), past, random, max_power, heuristic
-    snapshot_every: int | None = None  # games between snapshots of the policy, the opponents named past
+    opponents: str = None  # SELF-PLAY: shares of self (both sides learn), past, random, max_power, heuristic
+    snapshot_every: int = None  # games between snapshots of the policy, the opponents named past
     algorithm: Literal["ppo", "reinforce"] = "ppo"  # PPO: reinforce sets 1 epoch, 1 minibatch, lambda 1
-    total_timesteps: int | None = None  # decisions to train on, over all processes
-    learning_rate: float | None = None  # Adam's step size
+    total_timesteps: int = None  # decisions to train on, over all processes
+    learning_rate: float = None  # Adam's step size
     anneal_lr: bool = True  # in the second half, lower the learning rate, and the reference's, linearly to 0
-    num_envs: int | None = None  # games that each process plays at once
-    games_per_update: int | None = None  # games that each process plays, to their end, between updates
-    games_growth: int | None = None  # factor of the games between updates in the second half
-    gamma: float | None = None  # discount factor
-    gae_lambda: float | None = None  # lambda of generalised advantage estimation
+    num_envs: int = None  # games that each process plays at once
+    games_per_update: int = None  # games that each process plays, to their end, between updates
+    games_growth: int = None  # factor of the games between updates in the second half
+    gamma: float = None  # discount factor
+    gae_lambda: float = None  # lambda of generalised advantage estimation
     num_minibatches: int = 8  # minibatches per epoch
-    update_epochs: int | None = None  # passes over the games of an update
-    norm_adv: bool | None = None  # normalise each update's advantages, which else are in units of the largest payoff
+    update_epochs: int = None  # passes over the games of an update
+    norm_adv: bool = None  # normalise each update's advantages, which else are in units of the largest payoff
     clip_coef: float = 0.2  # clip range of the probability ratio
-    ent_coef: float | None = None  # weight of the entropy bonus at the start
+    ent_coef: float = None  # weight of the entropy bonus at the start
     ent_coef_final: float = 0.005  # weight of the entropy bonus at the end, reached linearly
-    barrier_coef: float | None = None  # weight of the log barrier, which keeps every action possible, at the start
-    barrier_coef_final: float | None = None  # weight of the log barrier at the end, reached linearly
-    ref_kl_coef: float | None = None  # weight of the KL divergence from policy to reference policy
+    barrier_coef: float = None  # weight of the log barrier, which keeps every action possible, at the start
+    barrier_coef_final: float = None  # weight of the log barrier at the end, reached linearly
+    ref_kl_coef: float = None  # weight of the KL divergence from policy to reference policy
     ref_rate: float = 0.02  # how far the reference's weights move towards the policy's in each update
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 5.0  # largest norm of the gradient
     target_kl: float | None = None  # stop an update after an epoch whose mean approximate KL exceeds this; None = never
     recurrent: bool = True  # RECURRENCE: off zeroes the LSTM's state before every decision: the same network, no memory
-    hidden_size: int | None = None  # width of the networks
+    hidden_size: int = None  # width of the networks
     bptt_length: int = 0  # decisions through which gradients flow; 0 = the whole game, -1 = as many as fit the memory
     memory_mb: int = 500  # memory for what autograd keeps of one chunk, with --bptt-length -1
 

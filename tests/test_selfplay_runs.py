@@ -82,7 +82,7 @@ def test_defaults_are_those_of_the_game(selfplay, selfplay_path):
         1,
     )
     shown = " ".join(run(selfplay_path, "--env-id", "gen9randombattle", "--help").stdout.replace("│", " ").split())
-    assert "--num-envs {None}|INT games that each process plays at once (default: 25)" in shown
+    assert "--num-envs INT games that each process plays at once (default: 25)" in shown
     assert "(default: gen9randombattle)" in shown
 
 
