@@ -29,7 +29,7 @@ from environments.hosts import BLUEPRINTS, CULL, FOSSILIZE, GERMINATE, SETTINGS,
 
 SEEDS = list(range(10_000, 10_064))  # of the hosts of the search
 ORDERS = ((0, 3, 4, 2), (0, 4, 3, 2), (3, 4, 0, 2), (0, 3, 4), (0, 4, 3), (3, 4))  # of blueprints to try
-THRESHOLDS = (-0.1, -0.05, -0.03, -0.015, 0.0)  # contribution, as observed
+THRESHOLDS = (-0.1, -0.05, -0.03, -0.015, 0.0)  # contribution, in units of ln 10
 
 
 class Rule:
@@ -52,6 +52,11 @@ class Rule:
         action = self.choose(dict(zip(hosts.OBSERVATION, obs.numpy().T, strict=False)), mask.numpy(), notes[:, 0])
         logits = 1e9 * torch.nn.functional.one_hot(torch.as_tensor(action), len(hosts.ACTIONS)).float()
         return logits, torch.zeros(len(obs)), torch.from_numpy(notes)
+
+
+def contribution(now: dict) -> np.ndarray:
+    """In units of ln 10, which is observed as arcsinh(50 x)."""
+    return np.sinh(now["contribution"] * np.arcsinh(50)) / 50
 
 
 def never() -> Rule:
@@ -96,7 +101,7 @@ def look(orders: np.ndarray, threshold: float, setting: str) -> Rule:
         grow = mask[:, GERMINATE] & (following >= 0) & (notes[:, 2] <= last)
         training = now["training"] > 0
         notes[:, 0] = np.where(training, notes[:, 0] + 1, 0)
-        harmful = (notes[:, 0] == SETTINGS[setting].training) & (now["contribution"] < threshold)
+        harmful = (notes[:, 0] == SETTINGS[setting].training) & (contribution(now) < threshold)
         action = np.where(grow, GERMINATE + following, WAIT)
         action = np.where(mask[:, CULL] & harmful, CULL, action)
         action = np.where(mask[:, FOSSILIZE], FOSSILIZE, action)
@@ -114,7 +119,7 @@ def glance(blueprints: tuple[int, int], threshold: float, setting: str) -> Rule:
     def choose(now: dict, mask: np.ndarray, notes: np.ndarray) -> np.ndarray:
         following = np.where(now["fossilized_slots"] > 0, blueprints[1], blueprints[0])
         old = np.rint(now["seed_age"] * SETTINGS[setting].epochs) >= SETTINGS[setting].training
-        harmful = (now["training"] > 0) & old & (now["contribution"] < threshold)
+        harmful = (now["training"] > 0) & old & (contribution(now) < threshold)
         action = np.where(mask[:, GERMINATE], GERMINATE + following, WAIT)
         action = np.where(mask[:, CULL] & harmful, CULL, action)
         return np.where(mask[:, FOSSILIZE], FOSSILIZE, action)

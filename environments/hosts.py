@@ -90,7 +90,10 @@ OBSERVATION = {  # name: range
     **dict.fromkeys(BLUEPRINTS, (0, 1)),  # likewise
     "seed_age": (0, 1),  # epochs since its germination, as a fraction of the episode
     "alpha": (0, 1),
-    "contribution": (-1, 1),  # validation loss without the seed minus with it (in TRAINING: if it were blended in)
+    "contribution": (
+        -1,
+        1,
+    ),  # validation loss without the seed minus with it (as if blended in), / ln 10, arcsinh(50 x)
     "free_slots": (0, 1),
     "fossilized_slots": (0, 1),
     "parameter_ratio": (0, 3),  # of all modules to the host
@@ -539,7 +542,7 @@ class Morphogenesis(VectorEnv):
             *(has & (blueprint == i) for i in range(len(BLUEPRINTS))),
             np.where(has, self.seed_age / self.setting.epochs, 0),
             np.where(live, self.alpha(), 0).max(1),
-            self.contribution / LN,
+            np.arcsinh(50 * self.contribution / LN) / np.arcsinh(50),  # a bad module often has -0.03
             (self.stage == Stage.DORMANT).mean(1),
             (self.stage == Stage.FOSSILIZED).mean(1),
             self.parameter_ratio((*LIVE, Stage.FOSSILIZED)),

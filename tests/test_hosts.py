@@ -214,7 +214,7 @@ class SlowHost:
             **{name: float(module is not None and module.name == name) for name in BLUEPRINTS},
             "seed_age": self.seed_age / self.setting.epochs if seeds else 0,
             "alpha": self.alphas()[seeds[0]] if seeds else 0,
-            "contribution": self.contribution() / hosts.LN,
+            "contribution": np.arcsinh(50 * self.contribution() / hosts.LN) / np.arcsinh(50),
             "free_slots": self.stage.count("DORMANT") / 2,
             "fossilized_slots": self.stage.count("FOSSILIZED") / 2,
             "parameter_ratio": self.ratio(held),
