@@ -157,11 +157,10 @@ class Agent(nn.Module):
         self.action_space, self.num_actions, width = action_space, int(action_space.n), args.lstm_hidden
         self.of_hosts = args.env_id.endswith("Morphogenesis-v0")
         self.reset_every = args.reset_every if args.recurrent else 1
-        unseen, self.obs_size = len(UNSEEN) if self.of_hosts else 0, len(entry_names(obs_space)) + self.num_actions
-        self.obs_stats, self.return_stats = (
-            RunningMeanStd((self.obs_size + unseen,)),
-            RunningMeanStd((), memory=100_000),
-        )
+        self.obs_size = len(entry_names(obs_space)) + self.num_actions  # entries that the actor sees
+        unseen = len(UNSEEN) if self.of_hosts else 0
+        self.obs_stats = RunningMeanStd((self.obs_size + unseen,))
+        self.return_stats = RunningMeanStd((), memory=100_000)
         self.encoder, self.lstm = nn.Linear(self.obs_size, 64), nn.LSTM(64, width)
         self.for_actor, self.for_critic = nn.Linear(64 + width, 64), nn.Linear(64 + width + unseen, 64)
         self.actor, self.critic = nn.Linear(64, self.num_actions), nn.Linear(64, 1)
@@ -190,13 +189,13 @@ class Agent(nn.Module):
         seen, unseen = self.obs_stats.normalize(obs).clamp(-10, 10).tensor_split([self.obs_size], -1)
         return self.encoder(seen).tanh(), unseen
 
-    def heads(
-        self, encoded: Tensor, features: Tensor, unseen: Tensor, action_mask: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        logits = self.actor(self.for_actor(torch.cat((encoded, features), -1)).tanh())
+    def heads(self, encoded: Tensor, features: Tensor, unseen: Tensor, action_mask: Tensor | None) -> tuple:
+        for_actor = self.for_actor(torch.cat((encoded, features), -1)).tanh()
+        for_critic = self.for_critic(torch.cat((encoded, features, unseen), -1)).tanh()
+        logits = self.actor(for_actor)
         if action_mask is not None:
             logits = logits.masked_fill(~action_mask, torch.finfo(logits.dtype).min)
-        return logits, self.critic(self.for_critic(torch.cat((encoded, features, unseen), -1)).tanh()).squeeze(-1)
+        return logits, self.critic(for_critic).squeeze(-1)
 
     def step(self, obs: Tensor, state: Tensor, action_mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """obs [N, D], state [N, 2, F], action_mask [N, A] -> logits [N, A], values [N], the next state."""
@@ -277,7 +276,8 @@ def play(envs: VectorEnv, agent: Agent, seeds: list[int], sampled: bool = True, 
         return action_mask.to(device)
 
     def seen(raw, action: np.ndarray, infos: dict) -> np.ndarray:
-        return np.concatenate((flatten(obs_space, raw), action, infos.get("unseen", no_action[:, :0])), 1)
+        unseen = infos["unseen"] if agent.of_hosts else no_action[:, :0]
+        return np.concatenate((flatten(obs_space, raw), action, unseen), 1)
 
     raw, infos = envs.reset(seed=seeds)
     obs = torch.from_numpy(seen(raw, no_action, infos)).to(device)

@@ -3,7 +3,7 @@
 A sequence is all that one player saw and did in one game. The data goes one way, and each arrow has its function below:
 
     games ── play ──▶ Decisions [K], one sequence behind the other    policy only, one LSTM step a turn, no gradients
-    Decisions ── make_targets ──▶ advantages, returns [K]              the payoff belongs to each player's last decision
+    Decisions ── make_targets ──▶ advantages, returns [K]             the payoff belongs to each player's last decision
     sequences ── batches ──▶ index [L, B], chunks of bptt_length      sequences of like length, hardly any padding
     chunk ── Agent.unroll ── sequence_loss ── descend ──▶ weights     one LSTM call; a chunk goes on where one ended
     weights ──▶ a reference, which moves slowly and to which the loss pulls; snapshots, which become opponents
@@ -403,9 +403,9 @@ def make_targets(agent: Agent, reference: Net, data: Decisions, pieces: tuple[Te
     index = grid(first, length)  # [L, S]
     reward, values, last = data.reward[index], value[index], index == first + length - 1
     columns = gae(reward, values, values.roll(-1, 0), last, torch.zeros_like(last), args.gamma, args.gae_lambda)
-    advantage, returns = torch.empty_like(value), torch.empty_like(value)
-    advantage[index[index >= 0]], returns[index[index >= 0]] = (column[index >= 0] for column in columns)
-    return Targets(reference_logprobs, value, advantage, returns)
+    advantages, returns = torch.empty_like(value), torch.empty_like(value)
+    advantages[index[index >= 0]], returns[index[index >= 0]] = (column[index >= 0] for column in columns)
+    return Targets(reference_logprobs, value, advantages, returns)
 
 
 # --- PPO

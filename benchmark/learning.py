@@ -4,9 +4,9 @@
     python benchmark/learning.py bptt            # 3 minutes
     python benchmark/learning.py lander          # 5 minutes
     python benchmark/learning.py flycraft        # 10 minutes; needs requirements-envs.txt
-    python benchmark/learning.py kuhn            # 4 minutes
-    python benchmark/learning.py leduc           # 25 minutes
-    python benchmark/learning.py leduc_ablation  # two hours
+    python benchmark/learning.py kuhn            # 10 minutes
+    python benchmark/learning.py leduc           # 10 minutes
+    python benchmark/learning.py leduc_ablation  # an hour
     python benchmark/learning.py phantom_go      # 8 minutes
     python benchmark/learning.py worldmodel      # two hours
     python benchmark/learning.py planning        # 15 minutes; planning_settings and planning_acrobot likewise

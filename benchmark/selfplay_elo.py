@@ -1,6 +1,8 @@
 """Elo ratings of a self-play run: its snapshots, its last policy and the random player, each against each.
 
-python benchmark/selfplay_elo.py runs/…/checkpoint.pt --games 50
+    python benchmark/selfplay_elo.py runs/…/checkpoint.pt --games 50
+
+Prints a line for each, the random player at 0.
 """
 
 import argparse

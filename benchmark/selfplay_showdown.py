@@ -68,8 +68,8 @@ def main() -> None:
             flags = ("--against", opponent, "--eval-episodes", "500", "--num-envs", "25")
             result = script("--evaluate", f"{run_dir}/{name}", *flags)
             row = {"weights": name, "battles_trained_on": games, "opponent": opponent, "battles": 500}
-            keys = {"win_rate": "win_rate", "low": "win_rate_low", "high": "win_rate_high"}
-            finals.append(row | {key: result[f"{name}_vs_{opponent}"] for key, name in keys.items()})
+            columns = {"win_rate": "win_rate", "low": "win_rate_low", "high": "win_rate_high"}
+            finals.append(row | {column: result[f"{key}_vs_{opponent}"] for column, key in columns.items()})
             print(finals[-1], flush=True)
             write(HERE / "results" / "showdown_final.csv", finals)
 

@@ -37,11 +37,8 @@ def training(args: selfplay.Args) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as runs_dir:
         args = selfplay.replace(args, runs_dir=runs_dir, eval_episodes=2, checkpoint_every=0)
         result = selfplay.train(args)
-    return {
-        "games": result["games"],
-        "decisions_per_s": result["sps"],
-        "games_per_s": result["games"] / result["seconds"],
-    }
+    games = result["games"]
+    return {"games": games, "decisions_per_s": result["sps"], "games_per_s": games / result["seconds"]}
 
 
 def openspiel() -> None:

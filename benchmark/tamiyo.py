@@ -367,11 +367,8 @@ def main() -> None:
     steps = args.total_timesteps or STEPS[setting]
     if args.step == "train":
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(
-                pool.map(
-                    lambda job: train_one(*job), [(label, seed) for seed in args.seeds for label in args.controllers]
-                )
-            )
+            jobs = [(label, seed) for seed in args.seeds for label in args.controllers]
+            list(pool.map(lambda job: train_one(*job), jobs))
     elif args.step == "evaluate":
         with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
             pool.map(evaluate_one, evaluations(), chunksize=1)

@@ -90,10 +90,7 @@ OBSERVATION = {  # name: range
     **dict.fromkeys(BLUEPRINTS, (0, 1)),  # likewise
     "seed_age": (0, 1),  # epochs since its germination, as a fraction of the episode
     "alpha": (0, 1),
-    "contribution": (
-        -1,
-        1,
-    ),  # validation loss without the seed minus with it (as if blended in), / ln 10, arcsinh(50 x)
+    "contribution": (-1, 1),  # arcsinh(50 x), x: validation loss without the seed minus with it (as if blended in)
     "free_slots": (0, 1),
     "fossilized_slots": (0, 1),
     "parameter_ratio": (0, 3),  # of all modules to the host
@@ -166,7 +163,8 @@ def diagonals(positions: int) -> Tensor:
 
 def spread(kernel: Tensor, joins: Tensor) -> Tensor:
     """3 x 3 kernels [R, in, out, 9] -> matrices [R, Q * in, Q * out] that do the convolution (zero padding)."""
-    (rows, inputs, outputs, _), positions = kernel.shape, math.isqrt(joins.shape[1])
+    rows, inputs, outputs, _ = kernel.shape
+    positions = math.isqrt(joins.shape[1])
     dense = (kernel.reshape(-1, 9) @ joins).view(rows, inputs, outputs, positions, positions)
     return dense.permute(0, 3, 1, 4, 2).reshape(rows, positions * inputs, positions * outputs)
 
@@ -493,8 +491,7 @@ class Morphogenesis(VectorEnv):
             self.act(n, int(actions[n]))
         before = self.worth.copy()
         self.train_epoch()
-        for x in (self.epoch, self.age, self.seed_age):
-            x += 1
+        self.epoch, self.age, self.seed_age = self.epoch + 1, self.age + 1, self.seed_age + 1
         for stage, (epochs, following) in self.by_time().items():
             due = (self.stage == stage) & (self.age >= epochs)
             self.stage[due], self.age[due] = following, 0
