@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -337,22 +337,19 @@ def cut_segments(start: Tensor, bptt_length: int) -> Tensor:
     return index
 
 
-def ppo_loss(
-    agent: Agent, flat: Rollout, advantages: Tensor, returns: Tensor, index: Tensor, ent_coef: float, args: Args
-) -> tuple:
+def ppo_loss(agent: Agent, flat: Rollout, advantages: Tensor, returns: Tensor, index: Tensor, args: Args) -> tuple:
     """PPO's clipped loss (eq. 7, 9) of the steps `index` [L, S] of a flattened rollout [T * N], and metrics: sums over
     real steps divided by how many an average minibatch has, so that every step weighs the same (detail 3)."""
     mask = index >= 0
     real = index[mask]  # [M]
     logits, values = agent.unroll(flat.obs[index], flat.state[index[0]], ~mask, flat.action_mask[index])
     logprob, entropy = logprob_entropy(logits[mask], flat.action[real])
-    old_logprob, _ = logprob_entropy(flat.logits[real], flat.action[real])
-    log_ratio, advantage = logprob - old_logprob, advantages[real]
-    ratio = log_ratio.exp()
+    log_ratio = logprob - logprob_entropy(flat.logits[real], flat.action[real])[0]
+    ratio, advantage = log_ratio.exp(), advantages[real]
     policy_loss = torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef))
     value_loss = 0.5 * (values[mask] - agent.return_stats.normalize(returns[real])) ** 2
     per_step = {  # each [M]
-        "loss": policy_loss + args.vf_coef * value_loss - ent_coef * entropy,
+        "loss": policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy,
         "policy_loss": policy_loss,
         "value_loss": value_loss,
         "entropy": entropy,
@@ -541,7 +538,8 @@ def train(args: Args) -> dict:
             # --- rollout, advantages
             started = time.perf_counter()
             remaining = 1 - counters["global_step"] / args.total_timesteps if args.anneal_lr else 1.0
-            optimizer.param_groups[0]["lr"], ent_coef = args.learning_rate * remaining, args.ent_coef * remaining
+            now = replace(args, learning_rate=args.learning_rate * remaining, ent_coef=args.ent_coef * remaining)
+            optimizer.param_groups[0]["lr"] = now.learning_rate
             rollout, episodes = collect(player, args.num_steps)
             values, values_after = map(agent.return_stats.denormalize, (rollout.value, next_values(agent, rollout)))
             ends = rollout.terminated, rollout.truncated
@@ -557,7 +555,7 @@ def train(args: Args) -> dict:
             for _ in range(args.update_epochs if agent.obs_stats.count else 0):
                 order = torch.randperm(columns.shape[1], generator=rng, device=device)
                 for chosen in order.tensor_split(args.num_minibatches):
-                    loss, metrics = ppo_loss(agent, flat, advantages, returns, columns[:, chosen], ent_coef, args)
+                    loss, metrics = ppo_loss(agent, flat, advantages, returns, columns[:, chosen], now)
                     log.append(metrics | {"grad_norm": descend(loss, optimizer, args.max_grad_norm)})
                 kl = torch.stack([metrics["approx_kl"] for metrics in log[-args.num_minibatches :]]).mean()
                 if args.target_kl and all_mean(kl) > args.target_kl:
@@ -579,7 +577,7 @@ def train(args: Args) -> dict:
             counters["recent"] = [*counters["recent"], *totals][-100:]
             counters["train_return_mean"] = fmean(counters["recent"] or [math.nan])
             counters["sps"] = scalars["charts/SPS"] = counters["global_step"] / counters["seconds"]
-            scalars["charts/learning_rate"] = args.learning_rate * remaining
+            scalars["charts/learning_rate"] = now.learning_rate
             scalars["charts/episodic_return"] = fmean(totals or [math.nan])
             scalars["charts/episodic_length"] = fmean([episode.length for episode in episodes] or [math.nan])
             scalars["losses/explained_variance"] = 1 - float((returns - values.flatten()).var() / returns.var())

@@ -74,7 +74,7 @@ def reference_loss(agent, rollout, advantages, returns, args):
             clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
             target = (returns[t, n] - agent.return_stats.mean) / agent.return_stats.std
             total += -torch.min(ratio * advantage, clipped * advantage)
-            total += args.vf_coef * 0.5 * (value[0] - target) ** 2 - 0.02 * policy.entropy()
+            total += args.vf_coef * 0.5 * (value[0] - target) ** 2 - args.ent_coef * policy.entropy()
     return total / (num_steps * num_envs)
 
 
@@ -84,7 +84,7 @@ def columns_of(tamiyo, agent, rollout, args):
 
 def loss_of(tamiyo, agent, rollout, advantages, returns, args, index=None):
     index = columns_of(tamiyo, agent, rollout, args) if index is None else index
-    return tamiyo.ppo_loss(agent, flat(rollout), advantages.flatten(), returns.flatten(), index, 0.02, args)
+    return tamiyo.ppo_loss(agent, flat(rollout), advantages.flatten(), returns.flatten(), index, args)
 
 
 def assert_is_the_loop(tamiyo, args, agent, rollout):

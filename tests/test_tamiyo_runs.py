@@ -107,7 +107,7 @@ def test_environments_that_tell_what_they_like(tamiyo, tmp_path, monkeypatch):
 def test_every_update_anneals_and_stops(tamiyo, tmp_path, monkeypatch):
     """The entropy bonus falls to 0; a KL above the target ends the epochs."""
     bonuses, loss = [], tamiyo.ppo_loss
-    monkeypatch.setattr(tamiyo, "ppo_loss", lambda *args: bonuses.append(args[5]) or loss(*args))
+    monkeypatch.setattr(tamiyo, "ppo_loss", lambda *args: bonuses.append(args[-1].ent_coef) or loss(*args))
     toy_run(tamiyo, tmp_path / "a", update_epochs=3)
     assert len(bonuses) == 7 * 3 * 2  # the first of 8 rollouts only gives the statistics
     np.testing.assert_allclose(bonuses[::6], [0.01 * (1 - update / 8) for update in range(1, 8)])
