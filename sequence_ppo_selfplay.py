@@ -196,14 +196,18 @@ def all_sum(x: Tensor) -> Tensor:
 
 
 class Net(nn.Module):
-    """encoder -> LSTM -> head. Observations are [..., D]; the state [N, 2, H] is the LSTM's h and c."""
+    """encoder -> LSTM -> head. Observations are [..., D]; the state [N, 2, H] is the LSTM's h and c. `options` are for
+    each kind of actions that are alike, such as a Pokémon's moves, the entries of the observation [k, e] that tell
+    about each of k options and the actions [k, c] that take it: all k are scored by the same weights (detail 13)."""
 
-    def __init__(self, obs_size: int, outputs: int, head_gain: float, args: Args):
+    def __init__(self, obs_size: int, outputs: int, head_gain: float, args: Args, options: list[tuple] = ()):
         super().__init__()
-        self.recurrent, size = args.recurrent, args.hidden_size
+        self.recurrent, self.options, size = args.recurrent, options, args.hidden_size
         self.encoder, self.lstm, self.head = nn.Linear(obs_size, size), nn.LSTM(size, size), nn.Linear(size, outputs)
+        sizes = [(entries.shape[1] + size, actions.shape[1]) for entries, actions in options]
+        self.scorers = nn.ModuleList(nn.Sequential(nn.Linear(n, 64), nn.Tanh(), nn.Linear(64, c)) for n, c in sizes)
         for name, weight in self.named_parameters():
-            gain = {"encoder": math.sqrt(2), "lstm": 1.0, "head": head_gain}[name.partition(".")[0]]
+            gain = {"encoder": math.sqrt(2), "lstm": 1.0, "scorers": 1.0, "head": head_gain}[name.partition(".")[0]]
             nn.init.zeros_(weight) if "bias" in name else nn.init.orthogonal_(weight, gain)
 
     def initial_state(self, n: int) -> Tensor:
@@ -218,7 +222,11 @@ class Net(nn.Module):
         """L decisions of B players: obs [L, B, D], state before the first -> outputs [L, B, outputs], state after."""
         h, c = state.transpose(0, 1).contiguous().unsqueeze(1)  # each [1, B, H]
         features, state = self.lstm(self.encoder(obs).tanh(), (h, c))
-        return self.head(features), torch.cat(state).transpose(0, 1)
+        outputs = self.head(features)
+        for (entries, actions), scorer in zip(self.options, self.scorers, strict=True):
+            context = features[..., None, :].expand(*obs.shape[:-1], len(entries), -1)  # [L, B, k, H]
+            outputs[..., actions] = scorer(torch.cat((obs[..., entries], context), -1))
+        return outputs, torch.cat(state).transpose(0, 1)
 
 
 def frozen(net: Net) -> Net:
@@ -235,7 +243,7 @@ class Agent(nn.Module):
     def __init__(self, games, args: Args):
         super().__init__()
         obs_size = games.obs_size + games.num_actions
-        self.policy = Net(obs_size, games.num_actions, 0.01, args)
+        self.policy = Net(obs_size, games.num_actions, 0.01, args, games.options)
         self.value = Net(obs_size + games.unseen_size, 1, 1.0, args)
 
     def initial_state(self, n: int) -> Tensor:
@@ -846,9 +854,7 @@ def main() -> None:
         lines = [f"won {x:.0%} against {n.removeprefix(prefix)}" for n, x in result.items() if n.startswith(prefix)]
         if "exploitability" in result:
             average = result["exploitability_average"]
-            lines.append(
-                f"exploitability {result['exploitability']}, of the average policy {average}, in equilibrium 0"
-            )
+            lines.append(f"exploitability {result['exploitability']}, of the average {average}, in equilibrium 0")
         print(" | ".join(lines))
         print(f"watch: tensorboard --logdir {args.runs_dir}")
         print(f"evaluate: python {sys.argv[0]} --evaluate {result['run_dir']}/checkpoint.pt")

@@ -1,13 +1,16 @@
-"""Pokémon Showdown: trains once with the defaults, then plays 500 battles of the final weights, and of the run's best
-ones (`best.pt`), against each of poke-env's players.
+"""Pokémon Showdown: trains with the defaults, with and without memory, then plays 1,000 battles of the final weights
+against each of poke-env's players, with sampled and with the likeliest actions.
 
-    python benchmark/selfplay_showdown.py                       # half an hour
-    python benchmark/selfplay_showdown.py --run-dir runs/…      # of a run that is there
+    python benchmark/selfplay_showdown.py                   # an hour and a half on two idle cores
+    python benchmark/selfplay_showdown.py --labels LSTM     # a part of it
 
-Writes showdown_curves.csv, showdown_final.csv and showdown.png to benchmark/results/.
+Whatever stops it, the same command goes on: runs are kept in benchmark/runs/showdown, and battles that are in
+showdown_final.csv are not played again. The server's dice cannot be seeded: no two runs are alike. Writes
+showdown_curves.csv, showdown_final.csv and showdown.png to benchmark/results/.
 """
 
 import argparse
+import csv
 import json
 import subprocess
 import sys
@@ -19,7 +22,11 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 HERE = Path(__file__).parent
+CURVES, FINAL = (HERE / "results" / f"showdown_{name}.csv" for name in ("curves", "final"))
+LABELS = {"LSTM": [], "without memory": ["--no-recurrent"]}
 OPPONENTS = ("random", "max_power", "heuristic")
+ACTIONS = {"sampled": [], "likeliest": ["--eval-likeliest"]}
+SCORES = {"win_rate": "win_rate", "low": "win_rate_low", "high": "win_rate_high"}  # and their 95% interval
 
 
 def script(*args: str) -> dict:
@@ -27,51 +34,67 @@ def script(*args: str) -> dict:
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
 
 
-def curves(run_dir: str) -> list[dict]:
+def train(label: str) -> Path:
+    """The checkpoint of a finished run: of one that is there, one that goes on, or a new one."""
+    folder = HERE / "runs" / "showdown" / label.replace(" ", "-")
+    for path in folder.glob("*/checkpoint.pt"):
+        saved = torch.load(path, weights_only=True)
+        if saved["counters"]["global_step"] < saved["args"]["total_timesteps"]:
+            script("--resume", str(path.parent))
+        return path
+    run = script("--env-id", "gen9randombattle", "--runs-dir", str(folder), *LABELS[label])
+    return Path(run["run_dir"]) / "checkpoint.pt"
+
+
+def curves(label: str, run_dir: Path) -> list[dict]:
     """What evaluations and training logged, a row for each update."""
-    events = EventAccumulator(run_dir, size_guidance={"scalars": 0}).Reload()
-    names = ("selfplay/games", "selfplay/win_rate", "losses/", "charts/")
-    rows = {}
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    names, rows = ("selfplay/games", "selfplay/win_rate", "losses/", "charts/"), {}
     for tag in events.Tags()["scalars"]:
         for event in events.Scalars(tag) if tag.startswith(names) else ():
-            rows.setdefault(event.step, {"global_step": event.step})[tag] = event.value
+            rows.setdefault(event.step, {"label": label, "global_step": event.step})[tag] = event.value
     return [rows[step] for step in sorted(rows)]
 
 
-def plot(rows: list[dict]) -> None:
+def read(path: Path) -> list[dict]:
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+
+
+def plot() -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
-    for name in OPPONENTS:
-        tag = f"selfplay/win_rate_vs_{name}"
-        points = [row for row in rows if tag in row]
-        games = [row["selfplay/games"] for row in points]
-        axis.plot(games, [row[tag] for row in points], label=f"against {name}")
-        low, high = ([row[f"selfplay/win_rate_{end}_vs_{name}"] for row in points] for end in ("low", "high"))
-        axis.fill_between(games, low, high, alpha=0.2)
+    for i, opponent in enumerate(OPPONENTS):
+        tags = [f"selfplay/win_rate{end}_vs_{opponent}" for end in ("", "_low", "_high")]
+        for label, style in zip(LABELS, ("-", "--"), strict=True):
+            rows = [row for row in read(CURVES) if row["label"] == label and row[tags[0]]]
+            games, rate, low, high = ([float(row[tag]) for row in rows] for tag in ("selfplay/games", *tags))
+            axis.plot(games, rate, style, color=f"C{i}", label=f"{label}, against {opponent}")
+            if style == "-":
+                axis.fill_between(games, low, high, color=f"C{i}", alpha=0.15)
     axis.set(xlabel="battles trained on", ylabel="win rate, 40 battles each, 95% interval", ylim=(0, 1))
     axis.set_title("gen9randombattle")
-    axis.legend()
+    axis.legend(fontsize="small")
     figure.savefig(HERE / "results" / "showdown.png", dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run-dir")
-    run_dir = parser.parse_args().run_dir or script("--env-id", "gen9randombattle", "--server", "start")["run_dir"]
-    rows = curves(run_dir)
-    write(HERE / "results" / "showdown_curves.csv", rows)
-    plot(rows)
-    finals = []
-    for name in ("checkpoint.pt", "best.pt"):
-        games = torch.load(f"{run_dir}/{name}", weights_only=True)["counters"]["games"]
+    parser.add_argument("--labels", nargs="+", choices=LABELS, default=list(LABELS))
+    for label in parser.parse_args().labels:
+        path = train(label)
+        write(CURVES, [row for row in read(CURVES) if row["label"] != label] + curves(label, path.parent))
+        plot()
+        games = torch.load(path, weights_only=True)["counters"]["games"]
         for opponent in OPPONENTS:
-            flags = ("--against", opponent, "--eval-episodes", "500", "--num-envs", "25")
-            result = script("--evaluate", f"{run_dir}/{name}", *flags)
-            row = {"weights": name, "battles_trained_on": games, "opponent": opponent, "battles": 500}
-            columns = {"win_rate": "win_rate", "low": "win_rate_low", "high": "win_rate_high"}
-            finals.append(row | {column: result[f"{key}_vs_{opponent}"] for column, key in columns.items()})
-            print(finals[-1], flush=True)
-            write(HERE / "results" / "showdown_final.csv", finals)
+            for actions, flags in ACTIONS.items():
+                row = {"label": label, "battles_trained_on": games, "opponent": opponent, "actions": actions}
+                if any({name: str(x) for name, x in row.items()}.items() <= old.items() for old in read(FINAL)):
+                    continue
+                against = ("--against", opponent, "--eval-episodes", "1000", "--num-envs", "50", *flags)
+                result = script("--evaluate", str(path), *against)
+                row |= {"battles": 1000} | {name: result[f"{key}_vs_{opponent}"] for name, key in SCORES.items()}
+                print(row, flush=True)
+                write(FINAL, [*read(FINAL), row])
 
 
 if __name__ == "__main__":

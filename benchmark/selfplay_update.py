@@ -83,7 +83,7 @@ def main() -> None:
     torch.manual_seed(0)
     leduc_args = selfplay.Args(num_envs=1024, games_per_update=1024)
     battle_args = selfplay.Args(env_id="gen9randombattle")
-    sizes = SimpleNamespace(obs_size=686, unseen_size=0, num_actions=14)
+    sizes = SimpleNamespace(obs_size=686, unseen_size=0, num_actions=14, options=())
     battles = long_sequences(64, 700, 14), selfplay.Agent(sizes, battle_args)
     tasks = {
         "leduc_poker, 1,024 games": (*leduc_sequences(leduc_args), leduc_args),

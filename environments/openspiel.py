@@ -23,7 +23,7 @@ class OpenSpielGames:
         ValueError: not a two-player zero-sum game with observation tensors.
     """
 
-    scripted = ()
+    scripted, options = (), ()  # no players of its own; no actions that are alike
 
     def __init__(self, env_id: str, num_games: int, seed: int, params: dict | None = None):
         self.game = load_game(env_id, params or {})

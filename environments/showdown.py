@@ -36,11 +36,11 @@ from poke_env.player.battle_order import BattleOrder
 from websockets.exceptions import WebSocketException
 
 from environments.games import Ended, Turn
-from environments.showdown_obs import NUM_ACTIONS, entry_names, legal_orders, material, observe
+from environments.showdown_obs import NUM_ACTIONS, entry_names, legal_orders, material, observe, options
 
 RECONNECT_SECONDS = 30
 SILENT_SECONDS = 120  # without a word from the server while battles run
-LOGIN_SECONDS = 15
+LOGIN_SECONDS = 60
 START_SECONDS = 60
 SIMULATORS = min(2, max(0, (os.cpu_count() or 1) - 2))  # processes that play the battles; 0: the server's own does
 NOT_SINGLES = ("double", "triple", "multi", "freeforall", "vgc", "metronome", "bo3", "bestof", "2v2")
@@ -170,6 +170,7 @@ class Account(Player):
             AccountConfiguration(name, None),
             **{"battle_format": link.env_id, "server_configuration": server, "save_replays": replays},
             **{"max_concurrent_battles": 0, "log_level": logging.CRITICAL + 1, "start_listening": False},
+            open_timeout=LOGIN_SECONDS,
         )
         self.logger.handlers.clear()
         self.link, self.player = link, player
@@ -364,7 +365,7 @@ class ShowdownGames:
         except BaseException:
             self.close()
             raise
-        self.obs_size = len(self.entry_names)
+        self.obs_size, self.options = len(self.entry_names), options(self.entry_names)
 
     def connect(self) -> str:
         async def open_link() -> Link:

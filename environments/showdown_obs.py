@@ -535,6 +535,16 @@ def entry_names(gen: int) -> list[str]:
     return [f"{about}: {name}" for about, names, _ in blocks(nothing) for name in names]
 
 
+def options(names: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of the four moves and of the six members of the team: which entries of an observation tell about each, [k, e],
+    and which actions take it, [k, c]."""
+    kinds = (MOVES[:4], np.arange(8).reshape(2, 4).T), (OWN, np.arange(8, 14)[:, None])
+    return [
+        (np.array([[i for i, name in enumerate(names) if name.startswith(f"{one}: ")] for one in each]), actions)
+        for each, actions in kinds
+    ]
+
+
 def observe(battle: Battle) -> np.ndarray:
     """[D] float32, one entry for each of `entry_names`."""
     row: list[float] = []

@@ -13,14 +13,14 @@ from toys import gradients
 from environments.openspiel import OpenSpielGames, exploitability
 
 SMALL = {"hidden_size": 8, "num_envs": 6, "games_per_update": 20, "num_minibatches": 2, "seed": 3}
-SIZES = SimpleNamespace(obs_size=4, unseen_size=2, num_actions=3)  # of the toy games
+SIZES = SimpleNamespace(obs_size=4, unseen_size=2, num_actions=3, options=())  # of the toy games
 
 
-def toy_agent(selfplay, dtype=torch.float32, **changes):
+def toy_agent(selfplay, dtype=torch.float32, options=(), **changes):
     """Arguments and an agent with large random weights, so that no term of a gradient is small by luck."""
     args = selfplay.Args(**(SMALL | changes))
     torch.manual_seed(args.seed)
-    agent = selfplay.Agent(SIZES, args).to(dtype)
+    agent = selfplay.Agent(SimpleNamespace(**(vars(SIZES) | {"options": options})), args).to(dtype)
     with torch.no_grad():
         for weight in agent.parameters():
             weight += 0.3 * torch.randn_like(weight)
@@ -76,8 +76,15 @@ def slow_net(net, obs, bptt_length, recurrent):
             state = None
         elif bptt_length and t % bptt_length == 0:
             state = state and tuple(s.detach() for s in state)
-        x, state = slow_lstm(net.lstm, net.encoder(x).tanh(), state)
-        outputs.append(net.head(x))
+        features, state = slow_lstm(net.lstm, net.encoder(x).tanh(), state)
+        output = list(net.head(features))
+        for (entries, actions), (layer, _, score) in zip(net.options, net.scorers, strict=True):
+            for of_option, its_actions in zip(entries, actions, strict=True):
+                about = torch.stack([x[i] for i in of_option])
+                scores = score(layer(torch.cat((about, features))).tanh())
+                for action, logit in zip(its_actions, scores, strict=True):
+                    output[action] = logit
+        outputs.append(torch.stack(output))
     return torch.stack(outputs)
 
 
@@ -146,7 +153,19 @@ def test_01_batched_update_is_the_step_by_step_loop(selfplay, bptt_length):
     assert_is_the_loop(selfplay, agent, random_data(selfplay, [1, 3, 24, 2, 2, 14, 9, 8, 7]), args)
 
 
-@pytest.mark.parametrize("changes", [{"recurrent": False}, {"clip_coef": 0.01}, {"barrier_coef": 0.0, "ent_coef": 0.3}])
+OPTIONS = [  # two options, each with an action that two entries tell about; one with two actions; the head has the rest
+    (np.array([[0, 1], [2, 3]]), np.array([[0], [2]])),
+    (np.array([[3, 1, 0]]), np.array([[2, 0]])),
+]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"recurrent": False}, {"clip_coef": 0.01}, {"barrier_coef": 0.0, "ent_coef": 0.3}),
+        *({"options": OPTIONS[:1]}, {"options": OPTIONS[1:], "recurrent": False}),
+    ],
+)
 def test_01_in_every_mode(selfplay, changes):
     args, agent = toy_agent(selfplay, torch.float64, **changes)
     assert_is_the_loop(selfplay, agent, random_data(selfplay, [1, 4, 12, 5]), args)
@@ -579,6 +598,20 @@ def test_12_evaluation_samples_unless_told_otherwise(selfplay, sampled):
     _, data, _ = selfplay.play(games, [(net, "random")] * 500, torch.Generator().manual_seed(0), net, sampled)
     share = float((data.action == 0).float().mean())
     assert abs(share - 0.6) < 0.05 if sampled else share == 1
+
+
+def test_13_options_that_change_places_change_their_logits(selfplay):
+    """With an encoder that does not see what tells them apart; the third action, which is no option, keeps its own."""
+    _, agent = toy_agent(selfplay, torch.float64, OPTIONS[:1])
+    net, data = agent.policy, random_data(selfplay, [4, 4, 4])
+    with torch.no_grad():
+        net.encoder.weight[:, :4] = 0
+    obs = data.obs.reshape(3, 4, 7).transpose(0, 1)
+    swapped = obs[..., [2, 3, 0, 1, 4, 5, 6]]
+    (logits, state), (others, same) = (net.unroll(x, net.initial_state(3)) for x in (obs, swapped))
+    torch.testing.assert_close(others, logits[..., [2, 1, 0]])
+    torch.testing.assert_close(same, state)
+    assert (logits[..., 0] - logits[..., 2]).abs().min() > 1e-3
 
 
 def test_opponents_by_their_shares(selfplay):

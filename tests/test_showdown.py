@@ -116,6 +116,31 @@ def test_whole_battles(errors, games):
         games.observe()
 
 
+@pytest.mark.parametrize("games", [{"num_games": 4}], indirect=True)
+def test_options_tell_about_what_their_actions_order(games):
+    """The entries of each option are those of the very move or Pokémon that its actions order."""
+    seen = set()
+
+    def watch(turn):
+        for row, seat in enumerate(turn.seat):
+            battle, orders, _ = games.pending[seat]
+            view = showdown_obs.View(battle)
+            for entries, actions in games.options:
+                for of_option, its_actions in zip(entries, actions, strict=True):
+                    for action in its_actions[turn.action_mask[row, its_actions]]:
+                        ordered, tera = orders[action].order, getattr(orders[action], "terastallize", False)
+                        if isinstance(ordered, Pokemon):
+                            about = showdown_obs.own_member(view, view.team.index(ordered))
+                        else:
+                            about = showdown_obs.own_move(view, ordered, True)
+                        np.testing.assert_array_equal(turn.obs[row, of_option], np.float32([*about.values()]))
+                        assert tera == (4 <= action < 8)
+                        seen.add(int(action))
+
+    play(games, 8, watch=watch)
+    assert seen == set(range(showdown_obs.NUM_ACTIONS))
+
+
 def test_own_knowledge_only(games):
     """A player's observation is made of its own Battle, and that one holds of the other side only what was shown."""
     games.start([0])

@@ -11,7 +11,7 @@ class ToyGames:
     reward before own step k is k / 100, the payoff +-(1 + game), a draw for every third game. Games in `lost` end
     without a payoff after half of their steps."""
 
-    scripted = ("always_last",)
+    scripted, options = ("always_last",), ()
     obs_size, unseen_size, num_actions, max_payoff = 4, 2, 3, 1.0
 
     def __init__(self, num_games: int, lengths: list[tuple[int, int]], lost=(), seed=0):
