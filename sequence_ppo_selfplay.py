@@ -726,7 +726,7 @@ def train(args: Args) -> dict:
         if args.init_from:
             load(args.init_from, agent=agent)
         reference, rng = frozen(agent.policy), torch.Generator(device).manual_seed(seed)
-        optimizer, pool = Adam(agent.parameters(), eps=1e-5, fused=True), Pool(agent.policy)
+        optimizer, pool = Adam(agent.parameters(), eps=1e-8, fused=True), Pool(agent.policy)
         parts = {"agent": agent, "reference": reference, "optimizer": optimizer, "pool": pool}
         if args.resume:
             load(f"{args.resume}/checkpoint.pt", **parts)

@@ -6,6 +6,7 @@
     python benchmark/learning.py flycraft        # 10 minutes; needs requirements-envs.txt
     python benchmark/learning.py kuhn            # 10 minutes
     python benchmark/learning.py leduc           # 10 minutes
+    python benchmark/learning.py liars_dice      # 20 minutes
     python benchmark/learning.py leduc_ablation  # an hour
     python benchmark/learning.py phantom_go      # 8 minutes
     python benchmark/learning.py worldmodel      # two hours
@@ -72,6 +73,12 @@ TASKS = {  # task: (seeds, title, {label: command}), and what is plotted if not 
         [EXPLOITABILITY, AVERAGE],
     ),
     "leduc": (range(1, 4), "Leduc poker", {"self-play": SELFPLAY}, [EXPLOITABILITY, AVERAGE]),
+    "liars_dice": (
+        range(1, 4),
+        "Liar's dice",
+        {"self-play": f"{SELFPLAY} --env-id liars_dice"},
+        [EXPLOITABILITY, AVERAGE],
+    ),
     "leduc_ablation": (
         range(1, 4),
         "Leduc poker: what the recipe's parts are worth",
