@@ -87,6 +87,7 @@ class Args:  # the comments are what --help says
     env_id: str = "leduc_poker"  # ENVIRONMENT: a game of OpenSpiel, or a format of Pokémon Showdown: gen9randombattle
     env_kwargs: str = "{}"  # parameters of the OpenSpiel game, as JSON
     server: str = "start"  # Showdown only: `start` runs a server on this machine, ws://host:port uses a running one
+    team: str | None = None  # Showdown only: for formats that need one, a file with the team of both, as exported
     ko_coef: float = 0.1  # Showdown only: reward for each foe that faints, and loss for each own Pokémon; winning is 1
     hp_coef: float = 0.1  # Showdown only: the same for hit points, in units of one Pokémon's full ones
     save_replays: bool = False  # Showdown only: with --evaluate, save the battles as HTML beside the checkpoint
@@ -182,7 +183,8 @@ def make_games(args: Args, seed: int, replay_dir: Path | None = None):
             raise InputError("Showdown needs poke-env: pip install -r requirements-envs.txt")
         from environments.showdown import ShowdownGames
 
-        return ShowdownGames(args.env_id, args.num_envs, args.server, seed, args.ko_coef, args.hp_coef, replay_dir)
+        rest = args.server, seed, args.ko_coef, args.hp_coef, replay_dir, args.team and Path(args.team).read_text()
+        return ShowdownGames(args.env_id, args.num_envs, *rest)
     except (ValueError, TypeError, OSError, pyspiel.SpielError) as error:
         raise InputError(f"{args.env_id}: {' '.join(str(error).split())}") from error
 

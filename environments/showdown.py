@@ -4,8 +4,9 @@ The server is the npm package `pokemon-showdown` (`npm ci --omit=optional` in th
 to it. Two accounts, one for each player, play all battles over one connection each. poke-env runs in its own thread;
 all methods here belong to the thread that made the object.
 
-Formats are singles for which the server makes the teams, such as gen9randombattle. What a player knows, its actions and
-its material are `showdown_obs`'s. The server's dice cannot be seeded: no two runs are alike."""
+Formats are singles. The server makes the teams, as in gen9randombattle, or both players have the one that is given, as
+in gen9ou. What a player knows, its actions and its material are `showdown_obs`'s. The server's dice cannot be seeded:
+no two runs are alike."""
 
 import asyncio
 import atexit
@@ -170,11 +171,12 @@ class Account(Player):
             AccountConfiguration(name, None),
             **{"battle_format": link.env_id, "server_configuration": server, "save_replays": replays},
             **{"max_concurrent_battles": 0, "log_level": logging.CRITICAL + 1, "start_listening": False},
-            open_timeout=LOGIN_SECONDS,
+            **{"open_timeout": LOGIN_SECONDS, "team": link.team},
         )
         self.logger.handlers.clear()
         self.link, self.player = link, player
         self.formats = ""
+        self.verdict = POKE_LOOP.create_future()  # what the server says of the team
         self.handle = self.ps_client._handle_message
         self.ps_client._handle_message = self.handle_message
 
@@ -182,7 +184,9 @@ class Account(Player):
         """Passes a message on to poke-env; whatever goes wrong there becomes an event."""
         try:
             self.formats = next((line for line in message.split("\n") if line.startswith("|formats|")), self.formats)
-            if message.startswith("|popup|") and not self.link.entered.is_set():  # the challenge was refused
+            if message.startswith("|popup|") and self.link.team and not self.verdict.done():
+                self.verdict.set_result(" ".join(message[7:].replace("||", " ").split()))
+            elif message.startswith("|popup|") and not self.link.entered.is_set():  # the challenge was refused
                 raise RuntimeError(f"the Showdown server says: {message[7:]}")
             await self.handle(message)
             if message.startswith(">battle") and "|deinit" in message:
@@ -218,8 +222,8 @@ class Account(Player):
         self.link.events.put(Event(self.link, "decide", self.player, battle.battle_tag, battle, future))
         return future
 
-    def teampreview(self, battle: Battle) -> str:
-        raise ValueError(f"the format {self.link.env_id} has a team preview")
+    async def teampreview(self, battle: Battle) -> str:
+        return (await self.choose_move(battle)).message
 
     def _battle_finished_callback(self, battle: Battle) -> None:
         self.link.events.put(Event(self.link, "finished", self.player, battle.battle_tag, battle))
@@ -228,8 +232,10 @@ class Account(Player):
 class Link:
     """A connection of both accounts to a server. It lives in poke-env's thread and is given up once it failed."""
 
-    def __init__(self, url: str, env_id: str, seed: int, events: queue.SimpleQueue, replays: str | bool):
-        self.url, self.env_id, self.events = url, env_id, events
+    def __init__(
+        self, url: str, env_id: str, seed: int, events: queue.SimpleQueue, replays: str | bool, team: str | None
+    ):
+        self.url, self.env_id, self.events, self.team = url, env_id, events, team
         self.slots: dict[str, int] = {}  # of the battles that run, by their tag
         self.waiting: asyncio.Queue[int] = asyncio.Queue()  # slots to start a battle in
         self.starting: tuple[int, set[int]] = (-1, set())  # the slot, and the players that entered its battle
@@ -246,6 +252,7 @@ class Link:
         login = asyncio.create_task(self.log_in())
         await asyncio.wait([login, self.failure], timeout=LOGIN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         if login.done():
+            login.result()
             return self.accounts[0].formats
         login.cancel()
         error = self.failure.result() if self.failure.done() else "no answer"
@@ -254,6 +261,11 @@ class Link:
     async def log_in(self) -> None:
         for account in self.accounts:
             await account.ps_client.logged_in.wait()
+            if self.team:
+                await account.ps_client.set_team(account.next_team)
+                await account.ps_client.send_message(f"/vtm {self.env_id}")
+                if "is valid" not in await account.verdict:
+                    raise ValueError(account.verdict.result())
 
     async def listen(self, account: Account) -> None:
         try:
@@ -313,13 +325,14 @@ class ShowdownGames:
 
     `server` is "start" (one of its own) or the URL of a running one that was started with --no-security. `seed` goes
     into the accounts' names and into Python's `random`, which the scripted players draw from. A battle that lasts 1,000
-    turns is a draw by the server's own rule. With `replay_dir`, finished battles are saved there as HTML.
+    turns is a draw by the server's own rule. With `replay_dir`, finished battles are saved there as HTML. `team` is the
+    text of a team, as Showdown exports it; in a team preview a switch chooses who begins.
 
     `rejected` counts choices that the server did not accept, as for a Pokémon that turns out to be trapped; the seat is
     then asked again, without that action.
 
     Raises:
-        ValueError: not a singles format that needs no team.
+        ValueError: not a singles format, it needs a team, or the server rejects the one that is given.
         FileNotFoundError: node or the server is not installed.
         ConnectionError: no server at the URL, or lost and not back within RECONNECT_SECONDS.
         RuntimeError: a server of its own died, or the server or poke-env failed.
@@ -339,8 +352,9 @@ class ShowdownGames:
         ko_coef: float = 0.0,
         hp_coef: float = 0.0,
         replay_dir: Path | None = None,
+        team: str | None = None,
     ):
-        self.env_id, self.num_games, self.seed = env_id, num_games, seed
+        self.env_id, self.num_games, self.seed, self.team = env_id, num_games, seed, team
         self.ko_coef, self.hp_coef = ko_coef, hp_coef
         self.replays = str(replay_dir) if replay_dir is not None else False
         self.rejected = 0
@@ -359,8 +373,7 @@ class ShowdownGames:
             atexit.register(self.close)
             self.server = Server() if server == "start" else None
             self.url = self.server.url if self.server else full_url(server)
-            formats = self.connect()
-            check_format(env_id, formats)
+            check_format(env_id, self.connect(), team)
             self.entry_names = entry_names(int(env_id[3]))
         except BaseException:
             self.close()
@@ -369,7 +382,7 @@ class ShowdownGames:
 
     def connect(self) -> str:
         async def open_link() -> Link:
-            return Link(self.url, self.env_id, self.seed, self.events, self.replays)
+            return Link(self.url, self.env_id, self.seed, self.events, self.replays, self.team)
 
         self.link = in_loop(open_link())
         return in_loop(self.link.open())
@@ -492,13 +505,15 @@ class ShowdownGames:
 
     def choose(self, name: str, seat: int) -> int:
         battle, orders, _ = self.pending[seat]
+        legal = [action for action, each in enumerate(orders) if each is not None]
+        if battle.teampreview:  # as poke-env's players do
+            return random.choice(legal)
         if name == "max_power":
             order = MaxBasePowerPlayer.choose_singles_move(battle)
         elif name == "heuristic":
             order, _ = SimpleHeuristicsPlayer.choose_singles_move(battle)
         else:
             raise ValueError(f"no scripted player {name}; there are {', '.join(self.scripted)}")
-        legal = [action for action, each in enumerate(orders) if each is not None]
         return next((action for action in legal if orders[action] == order), legal[0])
 
     def close(self) -> None:
@@ -528,7 +543,7 @@ def full_url(server: str) -> str:
     return server if server.count("/") > 2 else f"{server}/showdown/websocket"
 
 
-def check_format(env_id: str, formats: str) -> None:
+def check_format(env_id: str, formats: str, team: str | None) -> None:
     """`formats`: the server's list, |formats|,1|section|name,flags|name,flags...; flag 1: it needs no team.
 
     Raises:
@@ -536,8 +551,10 @@ def check_format(env_id: str, formats: str) -> None:
     """
     entries = [entry.rpartition(",") for entry in formats.split("|")[2:] if "," in entry and not entry.startswith(",")]
     known = {to_id_str(name): int(flags, 16) & 1 for name, _, flags in entries}
-    playable = [name for name, no_team in known.items() if no_team and not any(word in name for word in NOT_SINGLES)]
+    singles = [name for name in known if not any(word in name for word in NOT_SINGLES)]
+    playable = [name for name in singles if known[name] or team]
     if env_id not in playable:
         near = ", ".join(difflib.get_close_matches(env_id, playable, 3, 0.3))
-        why = "is not a singles format that needs no team" if env_id in known else "is unknown to the Showdown server"
+        why = "is not a singles format" if env_id in known else "is unknown to the Showdown server"
+        why = "needs a team (--team)" if env_id in singles else why
         raise ValueError(f"the format {env_id!r} {why}; near it: {near}")

@@ -314,9 +314,14 @@ def own_moves(battle: Battle) -> list[Move | None]:
 
 def legal_orders(battle: Battle, refused: Collection[int] = ()) -> list[BattleOrder | None]:
     """The order of each action; None if it is illegal, or in `refused`. Never all None: without anything to choose,
-    action 0 is the server's default."""
+    action 0 is the server's default. In a team preview, a switch chooses who begins."""
     orders: list[BattleOrder | None] = [None] * NUM_ACTIONS
-    if not battle.wait:
+    if battle.teampreview:
+        places = range(1, 1 + min(6, len(battle.team)))
+        for first in places:
+            others = [place for place in places if place != first]
+            orders[7 + first] = SingleBattleOrder(f"/team {','.join(map(str, (first, *others)))}")
+    elif not battle.wait:
         if not battle.force_switch and battle.active_pokemon is not None:
             own = battle.active_pokemon.moves
             for i, move in enumerate(own_moves(battle)):

@@ -41,7 +41,7 @@ def server():
 @pytest.fixture
 def games(server, request):
     """ShowdownGames on the shared server, with the keyword arguments of the test's parameter."""
-    games = ShowdownGames(FORMAT, server=server.url, **getattr(request, "param", {"num_games": 3}))
+    games = ShowdownGames(**{"env_id": FORMAT, "server": server.url} | getattr(request, "param", {"num_games": 3}))
     yield games
     games.close()
 
@@ -139,6 +139,82 @@ def test_options_tell_about_what_their_actions_order(games):
 
     play(games, 8, watch=watch)
     assert seen == set(range(showdown_obs.NUM_ACTIONS))
+
+
+TEAM = """
+Great Tusk @ Leftovers
+Ability: Protosynthesis
+Tera Type: Water
+EVs: 252 Atk / 4 Def / 252 Spe
+Jolly Nature
+- Headlong Rush
+- Close Combat
+- Rapid Spin
+- Ice Spinner
+
+Gholdengo @ Air Balloon
+Ability: Good as Gold
+Tera Type: Fairy
+EVs: 252 SpA / 4 SpD / 252 Spe
+Timid Nature
+- Make It Rain
+- Shadow Ball
+- Recover
+- Nasty Plot
+
+Dragonite @ Heavy-Duty Boots
+Ability: Multiscale
+Tera Type: Normal
+EVs: 252 Atk / 4 SpD / 252 Spe
+Adamant Nature
+- Dragon Dance
+- Earthquake
+- Extreme Speed
+- Roost
+"""
+
+
+@pytest.mark.parametrize("games", [{"num_games": 3, "env_id": "gen9ou", "team": TEAM}], indirect=True)
+def test_a_team_of_ones_own(games, errors):
+    """Both players have it, choose who begins, see in the preview whom the other has, and play to the end."""
+    begins = {}
+
+    def watch(turn):
+        for row, seat in enumerate(turn.seat):
+            battle, _, _ = games.pending[seat]
+            team = [mon.species for mon in battle.team.values()]
+            assert set(team) == {"greattusk", "gholdengo", "dragonite"}
+            if battle.teampreview:
+                assert np.flatnonzero(turn.action_mask[row]).tolist() == [8, 9, 10]
+                seen = dict(zip(games.entry_names, turn.obs[row], strict=True))
+                assert [seen[f"opponent member {i}: known"] for i in range(6)] == [1, 1, 1, 0, 0, 0]
+                assert games.choose("heuristic", int(seat)) in (8, 9, 10)
+                begins[seat] = None
+            elif begins[seat] is None:
+                begins[seat] = battle.active_pokemon.species
+                assert begins[seat] == chosen[seat]
+
+    def choose(rng, games, turn):
+        actions = uniform(rng, games, turn)
+        for seat, action in zip(turn.seat.tolist(), actions, strict=True):
+            if games.pending[seat].battle.teampreview:
+                chosen[seat] = list(games.pending[seat].battle.team.values())[action - 8].species
+        return actions
+
+    chosen = {}
+    assert len(play(games, 6, choose, watch)) == 6 and len(begins) == 6
+    assert all(error.startswith("[Unavailable choice]") for error in errors)
+
+
+def test_teams_and_formats_that_do_not_fit(server):
+    for env_id, team, why in (
+        ("gen9ou", None, "needs a team"),
+        (FORMAT, TEAM, "your own team"),
+        ("gen9ou", TEAM.replace("Close Combat", "Spore"), "Great Tusk can't learn Spore"),
+        ("gen9ou", "nonsense", "does not exist"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            ShowdownGames(env_id, 1, server.url, team=team)
 
 
 def test_own_knowledge_only(games):
@@ -394,8 +470,6 @@ def test_unknown_format(server):
         ShowdownGames("gen9randombatle", 1, server.url)
     with pytest.raises(ValueError, match="not a singles format"):
         ShowdownGames("gen9randomdoublesbattle", 1, server.url)
-    with pytest.raises(ValueError, match="not a singles format"):
-        ShowdownGames("gen9ou", 1, server.url)
 
 
 def test_nothing_installed(monkeypatch, tmp_path):
