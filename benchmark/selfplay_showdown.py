@@ -1,5 +1,5 @@
 """Pokémon Showdown: trains with the defaults, with and without memory, then plays 1,000 battles of the final weights
-against each of poke-env's players, with sampled and with the likeliest actions.
+against each of poke-env's players, and one against the other, with sampled and with the likeliest actions.
 
     python benchmark/selfplay_showdown.py                   # an hour and a half on two idle cores
     python benchmark/selfplay_showdown.py --labels LSTM     # a part of it
@@ -77,24 +77,34 @@ def plot() -> None:
     figure.savefig(HERE / "results" / "showdown.png", dpi=110)
 
 
+def evaluate(label: str, path: Path, opponent: str, against: str, actions: str) -> None:
+    """A row of showdown_final.csv, if it is not there."""
+    games = torch.load(path, weights_only=True)["counters"]["games"]
+    row = {"label": label, "battles_trained_on": games, "opponent": opponent, "actions": actions}
+    if any({name: str(x) for name, x in row.items()}.items() <= old.items() for old in read(FINAL)):
+        return
+    flags = ("--eval-episodes", "1000", "--num-envs", "50", *ACTIONS[actions])
+    result = script("--evaluate", str(path), "--against", against, *flags)
+    name = opponent if opponent in OPPONENTS else "opponent"
+    row |= {"battles": 1000} | {column: result[f"{key}_vs_{name}"] for column, key in SCORES.items()}
+    print(row, flush=True)
+    write(FINAL, [*read(FINAL), row])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--labels", nargs="+", choices=LABELS, default=list(LABELS))
+    paths = {}
     for label in parser.parse_args().labels:
-        path = train(label)
-        write(CURVES, [row for row in read(CURVES) if row["label"] != label] + curves(label, path.parent))
+        paths[label] = train(label)
+        write(CURVES, [row for row in read(CURVES) if row["label"] != label] + curves(label, paths[label].parent))
         plot()
-        games = torch.load(path, weights_only=True)["counters"]["games"]
         for opponent in OPPONENTS:
-            for actions, flags in ACTIONS.items():
-                row = {"label": label, "battles_trained_on": games, "opponent": opponent, "actions": actions}
-                if any({name: str(x) for name, x in row.items()}.items() <= old.items() for old in read(FINAL)):
-                    continue
-                against = ("--against", opponent, "--eval-episodes", "1000", "--num-envs", "50", *flags)
-                result = script("--evaluate", str(path), *against)
-                row |= {"battles": 1000} | {name: result[f"{key}_vs_{opponent}"] for name, key in SCORES.items()}
-                print(row, flush=True)
-                write(FINAL, [*read(FINAL), row])
+            for actions in ACTIONS:
+                evaluate(label, paths[label], opponent, opponent, actions)
+    if len(paths) == len(LABELS):
+        for actions in ACTIONS:
+            evaluate("LSTM", paths["LSTM"], "without memory", str(paths["without memory"]), actions)
 
 
 if __name__ == "__main__":
