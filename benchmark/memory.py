@@ -75,17 +75,17 @@ def interpreter() -> str:
     return python
 
 
-def circumstances(python: str) -> dict[str, str]:
+def circumstances(python: str, packages: list[str] = PACKAGES) -> dict[str, str]:
     def output(*call: str) -> str:
         return subprocess.run(call, cwd=HERE.parent, capture_output=True, text=True).stdout.strip()
 
-    versions = output(python, "-c", f"from importlib.metadata import version; print(*map(version, {PACKAGES}))").split()
+    versions = output(python, "-c", f"from importlib.metadata import version; print(*map(version, {packages}))").split()
     changed = "-changed" if output("git", "diff", "--name-only", "HEAD", "--", "*.py") else ""
     commit = output("git", "rev-parse", "--short", "HEAD") + changed
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = (re.findall(r"model name\s*:\s*(.+)", cpuinfo) or [platform.processor() or platform.machine()])[0]
     about = {"commit": commit, "machine": f"{cpu}, {os.cpu_count()} cores"}
-    return dict(zip(PACKAGES, versions, strict=True)) | about
+    return dict(zip(packages, versions, strict=True)) | about
 
 
 # --- files
