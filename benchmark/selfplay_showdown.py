@@ -4,9 +4,9 @@ against each of poke-env's players, and one against the other, with sampled and 
     python benchmark/selfplay_showdown.py                   # an hour and a half on two idle cores
     python benchmark/selfplay_showdown.py --labels LSTM     # a part of it
 
-Whatever stops it, the same command goes on: runs are kept in benchmark/runs/showdown, and battles that are in
-showdown_final.csv are not played again. The server's dice cannot be seeded: no two runs are alike. Writes
-showdown_curves.csv, showdown_final.csv and showdown.png to benchmark/results/.
+Whatever stops it, the same command goes on: runs are kept in benchmark/runs/showdown (another training begins when they
+are removed), and battles of theirs that are in showdown_final.csv are not played again. The server's dice cannot be
+seeded: no two runs are alike. Writes showdown_curves.csv, showdown_final.csv and showdown.png to benchmark/results/.
 """
 
 import argparse
@@ -80,7 +80,8 @@ def plot() -> None:
 def evaluate(label: str, path: Path, opponent: str, against: str, actions: str) -> None:
     """A row of showdown_final.csv, if it is not there."""
     games = torch.load(path, weights_only=True)["counters"]["games"]
-    row = {"label": label, "battles_trained_on": games, "opponent": opponent, "actions": actions}
+    row = {"label": label, "run": path.parent.name, "battles_trained_on": games}
+    row |= {"opponent": opponent, "actions": actions}
     if any({name: str(x) for name, x in row.items()}.items() <= old.items() for old in read(FINAL)):
         return
     flags = ("--eval-episodes", "1000", "--num-envs", "50", *ACTIONS[actions])
@@ -99,6 +100,7 @@ def main() -> None:
         paths[label] = train(label)
         write(CURVES, [row for row in read(CURVES) if row["label"] != label] + curves(label, paths[label].parent))
         plot()
+        write(FINAL, [x for x in read(FINAL) if x["label"] != label or x["run"] == paths[label].parent.name])
         for opponent in OPPONENTS:
             for actions in ACTIONS:
                 evaluate(label, paths[label], opponent, opponent, actions)

@@ -39,7 +39,7 @@ from websockets.exceptions import WebSocketException
 from environments.games import Ended, Turn
 from environments.showdown_obs import NUM_ACTIONS, entry_names, legal_orders, material, observe, options
 
-RECONNECT_SECONDS = 30
+RECONNECT_SECONDS = 60
 SILENT_SECONDS = 120  # without a word from the server while battles run
 LOGIN_SECONDS = 60
 START_SECONDS = 60
@@ -176,7 +176,7 @@ class Account(Player):
         self.logger.handlers.clear()
         self.link, self.player = link, player
         self.formats = ""
-        self.verdict = POKE_LOOP.create_future()  # what the server says of the team
+        self.verdict: asyncio.Future[str] | None = None  # what the server says of the team
         self.handle = self.ps_client._handle_message
         self.ps_client._handle_message = self.handle_message
 
@@ -184,7 +184,7 @@ class Account(Player):
         """Passes a message on to poke-env; whatever goes wrong there becomes an event."""
         try:
             self.formats = next((line for line in message.split("\n") if line.startswith("|formats|")), self.formats)
-            if message.startswith("|popup|") and self.link.team and not self.verdict.done():
+            if message.startswith("|popup|") and self.verdict and not self.verdict.done():
                 self.verdict.set_result(" ".join(message[7:].replace("||", " ").split()))
             elif message.startswith("|popup|") and not self.link.entered.is_set():  # the challenge was refused
                 raise RuntimeError(f"the Showdown server says: {message[7:]}")
@@ -251,11 +251,14 @@ class Link:
         """Waits for the login. Returns the server's list of formats."""
         login = asyncio.create_task(self.log_in())
         await asyncio.wait([login, self.failure], timeout=LOGIN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        if login.done():
-            login.result()
-            return self.accounts[0].formats
-        login.cancel()
         error = self.failure.result() if self.failure.done() else "no answer"
+        try:
+            if login.done():
+                login.result()
+                return self.accounts[0].formats
+            login.cancel()
+        except WebSocketException as lost:
+            error = lost
         raise ConnectionError(f"cannot log in to the Showdown server at {self.url}: {error}")
 
     async def log_in(self) -> None:
@@ -263,8 +266,9 @@ class Link:
             await account.ps_client.logged_in.wait()
             if self.team:
                 await account.ps_client.set_team(account.next_team)
+                account.verdict = POKE_LOOP.create_future()
                 await account.ps_client.send_message(f"/vtm {self.env_id}")
-                if "is valid" not in await account.verdict:
+                if not (await account.verdict).startswith("Your team is valid"):
                     raise ValueError(account.verdict.result())
 
     async def listen(self, account: Account) -> None:
@@ -382,7 +386,10 @@ class ShowdownGames:
 
     def connect(self) -> str:
         async def open_link() -> Link:
-            return Link(self.url, self.env_id, self.seed, self.events, self.replays, self.team)
+            try:
+                return Link(self.url, self.env_id, self.seed, self.events, self.replays, self.team)
+            except (KeyError, IndexError) as error:  # poke-env's, of what it does not know
+                raise ValueError(f"the team cannot be read: {error!r}") from error
 
         self.link = in_loop(open_link())
         return in_loop(self.link.open())

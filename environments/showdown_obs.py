@@ -465,7 +465,9 @@ def blocks(battle: Battle) -> Iterator[Block]:
     yield "opponent active", foe, foe.values()
     yield "opponent active", PRESENCE, presence(view.foe)
     yield "opponent active", FOE_MOVES, foe_moves(view)
-    others = list(battle.opponent_team.values())[:6]
+    others = list(battle.opponent_team.values())
+    shown = {mon.species for mon in others}
+    others += [mon for mon in battle.teampreview_opponent_team if mon.species not in shown]
     for i in range(6):
         entries = pokemon(others[i] if i < len(others) else None)
         yield OPPONENT[i], entries, entries.values()

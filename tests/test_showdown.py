@@ -190,7 +190,10 @@ def test_a_team_of_ones_own(games, errors):
                 assert [seen[f"opponent member {i}: known"] for i in range(6)] == [1, 1, 1, 0, 0, 0]
                 assert games.choose("heuristic", int(seat)) in (8, 9, 10)
                 begins[seat] = None
-            elif begins[seat] is None:
+            else:  # what the preview showed stays known
+                seen = dict(zip(games.entry_names, turn.obs[row], strict=True))
+                assert sum(seen[f"opponent member {i}: known"] for i in range(6)) == 3
+            if not battle.teampreview and begins[seat] is None:
                 begins[seat] = battle.active_pokemon.species
                 assert begins[seat] == chosen[seat]
 
@@ -212,6 +215,7 @@ def test_teams_and_formats_that_do_not_fit(server):
         (FORMAT, TEAM, "your own team"),
         ("gen9ou", TEAM.replace("Close Combat", "Spore"), "Great Tusk can't learn Spore"),
         ("gen9ou", "nonsense", "does not exist"),
+        ("gen9ou", TEAM.replace("252 Spe", "252 Speeed"), "cannot be read"),
     ):
         with pytest.raises(ValueError, match=why):
             ShowdownGames(env_id, 1, server.url, team=team)
