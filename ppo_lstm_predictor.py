@@ -25,7 +25,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Literal, NamedTuple
@@ -67,14 +67,14 @@ class Args:  # the comments are what --help says
     learning_rate: float = 2e-3  # Adam's step size
     num_envs: int = 16  # environments of each process
     num_steps: int = 128  # steps of each environment per rollout
-    anneal_lr: bool = True  # lower the learning rates, and the entropy bonus, linearly to 0
+    anneal_lr: bool = True  # lower the learning rates linearly to 0
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
     num_minibatches: int = 8  # minibatches per epoch; at most num_envs
     update_epochs: int = 4  # passes over each rollout
     norm_adv: bool = True  # normalise the advantages of each rollout
     clip_coef: float = 0.2  # clip range of the probability ratio
-    ent_coef: float = 0.003  # weight of the entropy bonus, lowered like the learning rate
+    ent_coef: float = 0.003  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss; values are in units of the returns' standard deviation
     max_grad_norm: float = 0.5  # largest norm of the gradient
     target_kl: float | None = None  # stop an update after an epoch whose mean approximate KL exceeds this; None = never
@@ -371,8 +371,9 @@ def ppo_loss(agent: Agent, flat: Rollout, advantages: Tensor, returns: Tensor, i
     real = index[mask]  # [M]
     params, values = agent.unroll(flat.obs[index], flat.state[index[0]], ~mask, flat.action_mask[index])
     logprob, entropy = logprob_entropy(params[mask], flat.action[real], agent.choices)
-    log_ratio = logprob - logprob_entropy(flat.params[real], flat.action[real], agent.choices)[0]
-    ratio, advantage = log_ratio.exp(), advantages[real]
+    old_logprob, _ = logprob_entropy(flat.params[real], flat.action[real], agent.choices)
+    log_ratio, advantage = logprob - old_logprob, advantages[real]
+    ratio = log_ratio.exp()
     policy_loss = torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef))
     value_loss = 0.5 * (values[mask] - agent.return_stats.normalize(returns[real])) ** 2
     per_step = {  # each [M]
@@ -630,8 +631,7 @@ def train(args: Args) -> dict:
             # --- rollout, advantages
             started = time.perf_counter()
             remaining = 1 - counters["global_step"] / args.total_timesteps if args.anneal_lr else 1.0
-            now = replace(args, learning_rate=args.learning_rate * remaining, ent_coef=args.ent_coef * remaining)
-            optimizer.param_groups[0]["lr"] = now.learning_rate
+            optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
             predictor_optimizer.param_groups[0]["lr"] = args.predictor_learning_rate * remaining
             rollout, episodes = collect(player, args.num_steps)
             history.append(rollout)
@@ -649,7 +649,7 @@ def train(args: Args) -> dict:
             for _ in range(args.update_epochs if agent.obs_stats.count else 0):
                 order = torch.randperm(columns.shape[1], generator=rng, device=device)
                 for chosen in order.tensor_split(args.num_minibatches):
-                    loss, metrics = ppo_loss(agent, flat, advantages, returns, columns[:, chosen], now)
+                    loss, metrics = ppo_loss(agent, flat, advantages, returns, columns[:, chosen], args)
                     log.append(metrics | {"grad_norm": descend(loss, optimizer, args.max_grad_norm)})
                 kl = torch.stack([metrics["approx_kl"] for metrics in log[-args.num_minibatches :]]).mean()
                 if args.target_kl and all_mean(kl) > args.target_kl:
@@ -682,7 +682,7 @@ def train(args: Args) -> dict:
             counters["recent"] = [*counters["recent"], *totals][-100:]
             counters["train_return_mean"] = fmean(counters["recent"] or [math.nan])
             counters["sps"] = scalars["charts/SPS"] = counters["global_step"] / counters["seconds"]
-            scalars["charts/learning_rate"] = now.learning_rate
+            scalars["charts/learning_rate"] = args.learning_rate * remaining
             scalars["charts/episodic_return"] = fmean(totals or [math.nan])
             scalars["charts/episodic_length"] = fmean([episode.length for episode in episodes] or [math.nan])
             scalars["losses/explained_variance"] = 1 - float((returns - values.flatten()).var() / returns.var())
