@@ -26,7 +26,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -202,7 +202,7 @@ class Net(nn.Module):
     each kind of actions that are alike, such as a Pokémon's moves, the entries of the observation [k, e] that tell
     about each of k options and the actions [k, c] that take it: all k are scored by the same weights (detail 13)."""
 
-    def __init__(self, obs_size: int, outputs: int, head_gain: float, args: Args, options: list[tuple] = ()):
+    def __init__(self, obs_size: int, outputs: int, head_gain: float, args: Args, options: Sequence[tuple] = ()):
         super().__init__()
         self.recurrent, self.options, size = args.recurrent, options, args.hidden_size
         self.encoder, self.lstm, self.head = nn.Linear(obs_size, size), nn.LSTM(size, size), nn.Linear(size, outputs)

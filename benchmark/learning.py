@@ -4,8 +4,8 @@
     python benchmark/learning.py bptt            # 3 minutes
     python benchmark/learning.py lander          # 5 minutes
     python benchmark/learning.py flycraft        # 10 minutes; needs requirements-envs.txt
-    python benchmark/learning.py kuhn            # 10 minutes
-    python benchmark/learning.py leduc           # 10 minutes
+    python benchmark/learning.py kuhn            # 15 minutes
+    python benchmark/learning.py leduc           # 12 minutes
     python benchmark/learning.py leduc_long      # 15 minutes
     python benchmark/learning.py liars_dice      # 20 minutes
     python benchmark/learning.py leduc_ablation  # an hour

@@ -34,6 +34,7 @@ from poke_env.concurrency import POKE_LOOP
 from poke_env.data import to_id_str
 from poke_env.player import MaxBasePowerPlayer, Player, SimpleHeuristicsPlayer
 from poke_env.player.battle_order import BattleOrder
+from poke_env.teambuilder import ConstantTeambuilder, Teambuilder
 from websockets.exceptions import WebSocketException
 
 from environments.games import Ended, Turn
@@ -233,7 +234,7 @@ class Link:
     """A connection of both accounts to a server. It lives in poke-env's thread and is given up once it failed."""
 
     def __init__(
-        self, url: str, env_id: str, seed: int, events: queue.SimpleQueue, replays: str | bool, team: str | None
+        self, url: str, env_id: str, seed: int, events: queue.SimpleQueue, replays: str | bool, team: Teambuilder | None
     ):
         self.url, self.env_id, self.events, self.team = url, env_id, events, team
         self.slots: dict[str, int] = {}  # of the battles that run, by their tag
@@ -251,17 +252,13 @@ class Link:
         """Waits for the login. Returns the server's list of formats."""
         login = asyncio.create_task(self.log_in())
         await asyncio.wait([login, self.failure], timeout=LOGIN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        error = self.failure.result() if self.failure.done() else "no answer"
-        try:
-            if login.done():
-                login.result()
-                return self.accounts[0].formats
-            login.cancel()
-        except WebSocketException as lost:
-            error = lost
+        if login.done() and not isinstance(login.exception(), WebSocketException):
+            return login.result()
+        error = self.failure.result() if self.failure.done() else login.exception() if login.done() else "no answer"
+        login.cancel()
         raise ConnectionError(f"cannot log in to the Showdown server at {self.url}: {error}")
 
-    async def log_in(self) -> None:
+    async def log_in(self) -> str:
         for account in self.accounts:
             await account.ps_client.logged_in.wait()
             if self.team:
@@ -270,6 +267,7 @@ class Link:
                 await account.ps_client.send_message(f"/vtm {self.env_id}")
                 if not (await account.verdict).startswith("Your team is valid"):
                     raise ValueError(account.verdict.result())
+        return self.accounts[0].formats
 
     async def listen(self, account: Account) -> None:
         try:
@@ -358,7 +356,8 @@ class ShowdownGames:
         replay_dir: Path | None = None,
         team: str | None = None,
     ):
-        self.env_id, self.num_games, self.seed, self.team = env_id, num_games, seed, team
+        self.env_id, self.num_games, self.seed = env_id, num_games, seed
+        self.team = read_team(team) if team else None
         self.ko_coef, self.hp_coef = ko_coef, hp_coef
         self.replays = str(replay_dir) if replay_dir is not None else False
         self.rejected = 0
@@ -386,10 +385,7 @@ class ShowdownGames:
 
     def connect(self) -> str:
         async def open_link() -> Link:
-            try:
-                return Link(self.url, self.env_id, self.seed, self.events, self.replays, self.team)
-            except (KeyError, IndexError) as error:  # poke-env's, of what it does not know
-                raise ValueError(f"the team cannot be read: {error!r}") from error
+            return Link(self.url, self.env_id, self.seed, self.events, self.replays, self.team)
 
         self.link = in_loop(open_link())
         return in_loop(self.link.open())
@@ -548,6 +544,13 @@ def full_url(server: str) -> str:
     if not server.startswith(("ws://", "wss://")):
         raise ValueError(f'server must be "start" or ws://host:port, not {server}')
     return server if server.count("/") > 2 else f"{server}/showdown/websocket"
+
+
+def read_team(text: str) -> Teambuilder:
+    try:
+        return ConstantTeambuilder(text)
+    except (KeyError, IndexError) as error:  # of a word that poke-env does not know, of a line that has none
+        raise ValueError(f"the team cannot be read: {error!r}") from error
 
 
 def check_format(env_id: str, formats: str, team: str | None) -> None:

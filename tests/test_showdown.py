@@ -193,9 +193,9 @@ def test_a_team_of_ones_own(games, errors):
             else:  # what the preview showed stays known
                 seen = dict(zip(games.entry_names, turn.obs[row], strict=True))
                 assert sum(seen[f"opponent member {i}: known"] for i in range(6)) == 3
-            if not battle.teampreview and begins[seat] is None:
-                begins[seat] = battle.active_pokemon.species
-                assert begins[seat] == chosen[seat]
+                if begins[seat] is None:
+                    begins[seat] = battle.active_pokemon.species
+                    assert begins[seat] == chosen[seat]
 
     def choose(rng, games, turn):
         actions = uniform(rng, games, turn)
