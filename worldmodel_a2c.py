@@ -8,6 +8,7 @@ The data goes one way, and each arrow has its function below:
     environments ── play ──▶ steps ── collect ──▶ Rollout [R, N]     with the rows before it that the memory sees
     Rollout ── gae ──▶ advantages, returns [T, N]                    truncation bootstraps, termination does not
     minibatch ── Agent.unroll ── a2c_loss ── descend ──▶ weights     of all parts; whole sequences in one pass
+    rollouts before ── memory_loss ── descend ──▶ model               alone, on what memory makes of them now
     Rollout ── Agent.update ──▶ statistics, codes                    then `play` computes the cache once more
 
 Letters in shapes: T steps, N environments, R rows of a rollout (T and those before it), A entries of an action, E of an
@@ -95,6 +96,7 @@ class Args:  # the comments are what --help says
     planning_hold: int = 3  # steps for which a candidate action is held, before the policy goes on
     planning_samples: int = 32  # actions to try where they are continuous; of discrete ones, all are tried
     planning_beta: float = 5.0  # how far Q moves the logits, times the slope of what came on what plans had foretold
+    model_steps: int = 64  # steps of the model alone after each update, with planning: on sequences of all so far
     distill_coef: float = 1.0  # weight, times what plans add to logits (at most 1), of drawing the policy after them
 
 
@@ -105,7 +107,7 @@ class InputError(Exception):
 def check(args: Args) -> gym.Env:
     """A closed environment, to ask for its spaces; InputError for what can be known to fail before any work is done."""
     may_be_0 = ["seed", "checkpoint_every", "gamma", "gae_lambda", "clip_coef", "ent_coef", "vf_coef", "vision_coef"]
-    may_be_0 += ["memory_coef", "planning_beta", "distill_coef"]
+    may_be_0 += ["memory_coef", "planning_beta", "model_steps", "distill_coef"]
     at_most = {"gamma": 1, "gae_lambda": 1, "num_minibatches": args.num_envs, "seed": 10**9, "total_timesteps": 10**12}
     for name, x in vars(args).items():
         least, most = "0 or more" if name in may_be_0 else "above 0", at_most.get(name, 10**5)
@@ -237,8 +239,7 @@ class Vision(nn.Module):
                 down += [nn.Conv2d(outer, inner, 4, 2, 1), nn.ReLU()]
                 up = [nn.ReLU(), nn.ConvTranspose2d(inner, outer, 4, 2, 1), *up]
             self.encoder = nn.Sequential(*down, nn.Conv2d(64, size, 4, 2, 1), nn.Flatten(2))  # [B, size, sites]
-            up = [nn.Unflatten(2, (rows, columns)), nn.ConvTranspose2d(size, 64, 4, 2, 1), *up]
-            self.decoder = nn.Sequential(*up)
+            self.decoder = nn.Sequential(nn.Unflatten(2, (rows, columns)), nn.ConvTranspose2d(size, 64, 4, 2, 1), *up)
         else:
             self.obs_stats = RunningMeanStd(shape)
             self.encoder = nn.Sequential(nn.Linear(shape[0], 64), nn.ReLU(), nn.Linear(64, self.size))
@@ -519,9 +520,8 @@ def action_values(agent: Agent, seen: Seen, action: Tensor, args: Args, generato
 
 
 def steer(params: Tensor, action: Tensor, q: Tensor, beta: float, choices: list[int]) -> Tensor:
-    """Parameters [N, P] of the policy times exp(beta Q), Q [N, K]. Discrete: logits + beta (Q - its mean), as in Gumbel
-    MuZero (Danihelka et al. 2022). Box: candidates [N, K, A] from the policy weigh exp(beta Q); the Gaussian moves as
-    their mean does. Equal Q change nothing (detail 4)."""
+    """Parameters [N, P] of the policy times exp(beta Q), Q [N, K] (detail 4). Logits move by beta (Q - its mean), as in
+    Gumbel MuZero; a Box's Gaussian moves as the mean of its candidates [N, K, A] when they weigh exp(beta Q)."""
     if choices:
         return params + beta * (q - (params.softmax(-1) * q).sum(-1, keepdim=True))
     mean, log_std = params.chunk(2, -1)
@@ -647,14 +647,17 @@ def collect(player: Iterator[tuple], num_steps: int, prefix: int, before: Rollou
 
 
 # --- loss
-def a2c_loss(agent: Agent, batch: Rollout, advantages: Tensor, returns: Tensor, shift: float, args: Args) -> tuple:
-    """Loss of sequences `batch` [B, R, ...], whose last T rows have these advantages and returns [B, T], and metrics:
-    sums over them divided by how many an average minibatch has, so that every step weighs the same. `shift` is how far
-    plans move logits, at most 1."""
-    prefix = batch.age.shape[1] - returns.shape[1]
+def look(agent: Agent, batch: Rollout) -> tuple[Rollout, Seen]:
+    """The last T rows of sequences [B, R, ...], and what the agent makes of them."""
+    prefix = agent.memory.prefix
     seen = agent.unroll(batch.obs, batch.previous, batch.age, batch.action_mask)
-    seen = Seen(*(x[:, prefix:] for x in seen[:-1]), seen.cache)
-    batch = Rollout(*(x[:, prefix:] for x in batch))
+    return Rollout(*(x[:, prefix:] for x in batch)), Seen(*(x[:, prefix:] for x in seen[:-1]), seen.cache)
+
+
+def a2c_loss(agent: Agent, batch: Rollout, advantages: Tensor, returns: Tensor, shift: float, args: Args) -> tuple:
+    """Loss of sequences `batch` [B, R, ...] with advantages and returns [B, T] of their last rows, and metrics: sums
+    divided by the steps of an average minibatch, so that all weigh the same. `shift`, at most 1: see detail 4."""
+    batch, seen = look(agent, batch)
     policies = (seen.params, batch.params, batch.behaviour)
     (logprob, entropy), (old, _), (acting, _) = (logprob_entropy(x, batch.action, agent.choices) for x in policies)
     log_ratio, importance = logprob - old, (old - acting).exp()
@@ -676,8 +679,8 @@ def a2c_loss(agent: Agent, batch: Rollout, advantages: Tensor, returns: Tensor, 
     average = args.num_envs * args.num_steps / args.num_minibatches
     metrics = {name: x.sum() / average for name, x in per_step.items()}
     coefficients = {"policy_loss": 1.0, "value_loss": args.vf_coef, "entropy": -args.ent_coef}
-    coefficients |= {"distill_loss": args.distill_coef * shift, "vision_loss": args.vision_coef}
-    coefficients["memory_loss"] = args.memory_coef
+    coefficients |= {"vision_loss": args.vision_coef, "memory_loss": args.memory_coef}
+    coefficients["distill_loss"] = args.distill_coef * shift
     if args.stage != "all":
         coefficients = {f"{args.stage}_loss": 1.0}
     loss = sum(coefficient * metrics[name] for name, coefficient in coefficients.items())
@@ -697,19 +700,15 @@ def memory_loss(agent: Agent, batch: Rollout, seen: Seen) -> Tensor:
 
 
 def descend(loss: Tensor, agent: Agent, optimizer: torch.optim.Optimizer, max_norm: float) -> dict[str, Tensor]:
-    """A step down the gradient, its mean over processes, clipped; gives its norms, or raises if one is not finite."""
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    """A step down the gradient, its mean over processes, clipped; gives its norm, or raises if it is not finite."""
     optimizer.zero_grad()
     loss.backward()
+    weights = [w for group in optimizer.param_groups for w in group["params"] if w.grad is not None]
     for weight in weights:
         all_mean(weight.grad)
-    norms = {}
-    for name, module in (("vision", agent.vision), ("memory", agent.memory), ("controller", agent.actor)):
-        if gradients := [weight.grad for weight in module.parameters() if weight.requires_grad]:
-            norms[f"gradients/{name}"] = nn.utils.get_total_norm(gradients)
-    norms["losses/grad_norm"] = nn.utils.clip_grad_norm_(weights, max_norm, error_if_nonfinite=True)
+    norm = nn.utils.clip_grad_norm_(weights, max_norm, error_if_nonfinite=True)
     optimizer.step()
-    return norms
+    return {"losses/grad_norm": norm}
 
 
 # --- dreams
@@ -807,11 +806,8 @@ def assess(agent: Agent, args: Args, video_dir: Path) -> tuple[dict, Figure]:
         "eval/return_memoryless": fmean(memoryless),
     }
     if agent.vision.quantizer:
-        x = agent.vision.encode(rollout.obs[agent.memory.prefix :][-100:])
-        *_, index = agent.vision.quantizer(x.flatten(0, 1))  # [M, sites]
-        share = F.one_hot(index, len(agent.vision.quantizer.codebook)).float().mean(0)  # [sites, codes]
-        scores["vision/usage"] = float((share > 0).float().mean())
-        scores["vision/perplexity"] = float(torch.special.entr(share).sum(-1).exp().mean())
+        share = agent.vision.quantizer.count / agent.vision.quantizer.count.sum()
+        scores["vision/perplexity"] = float(torch.special.entr(share).sum().exp())
     starts = range(agent.memory.prefix, len(rollout.age) - 20, 20)
     if not starts:
         return scores, Figure()
@@ -871,8 +867,7 @@ def setup(env: gym.Env, args: Args) -> tuple[torch.device, int, int, Agent, torc
     learning = {"vision": "vision.", "memory": ("memory.", "model."), "all": ""}[args.stage]
     for name, weight in agent.named_parameters():
         weight.requires_grad_(name.startswith(learning))
-    weights = [weight for weight in agent.parameters() if weight.requires_grad]
-    optimizer = torch.optim.Adam(weights, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam([w for w in agent.parameters() if w.requires_grad], eps=1e-5, fused=True)
     return device, *((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)), agent, optimizer
 
 
@@ -927,7 +922,7 @@ def train(args: Args) -> dict:
     bar = tqdm(total=args.total_timesteps, initial=counters["global_step"], unit_scale=True, disable=rank > 0, **tty)
     seed = args.seed + rank * args.num_envs + counters["global_step"]  # resumed, environments start new episodes
     rng, prefix, rollout = torch.Generator(device).manual_seed(seed), agent.memory.prefix, None
-    batch_size, stop = world * args.num_envs * args.num_steps, False
+    batch_size, stop, past = world * args.num_envs * args.num_steps, False, deque(maxlen=100)  # past rollouts
     envs = make_envs(args, args.num_envs)
     planning = args.planning and args.stage == "all"
     player = play(envs, agent, args, seed, plans=planning)
@@ -961,8 +956,14 @@ def train(args: Args) -> dict:
                 kl = torch.stack([metrics["losses/approx_kl"] for metrics in log[-args.num_minibatches :]]).mean()
                 if args.target_kl and all_mean(kl) > args.target_kl:
                     break
-            scalars = {name: torch.stack([metrics[name] for metrics in log]).mean() for name in (log[0] if log else ())}
-            scalars = {name: float(all_mean(x)) for name, x in scalars.items()}
+            past += [rollout] * planning
+            for _ in range(args.model_steps if planning and agent.updates else 0):  # of the model alone
+                old = past[int(torch.randint(len(past), (), generator=rng, device=device))]
+                few = torch.randperm(args.num_envs, generator=rng, device=device).tensor_split(args.num_minibatches)[0]
+                with torch.no_grad():
+                    old, seen = look(agent, Rollout(*(x[:, few].transpose(0, 1) for x in old)))
+                descend(args.memory_coef * memory_loss(agent, old, seen).mean(), agent, optimizer, args.max_grad_norm)
+            scalars = {x: float(all_mean(torch.stack([m[x] for m in log]).mean())) for x in (log[0] if log else ())}
 
             # --- statistics and codes, log, save, evaluate
             agent.update(own.obs.flatten(0, 1), returns.flatten(), rng if args.stage != "memory" else None)
