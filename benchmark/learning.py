@@ -11,10 +11,11 @@
     python benchmark/learning.py leduc_ablation  # an hour
     python benchmark/learning.py phantom_go      # 8 minutes
     python benchmark/learning.py worldmodel      # two hours
-    python benchmark/learning.py planning        # 15 minutes; planning_settings and planning_acrobot likewise
-    python benchmark/learning.py carracing       # two hours
+    python benchmark/learning.py planning        # 25 minutes; planning_settings, planning_pendulum likewise
+    python benchmark/learning.py carracing       # three hours
 
-Results: {task}_curves.csv, {task}_final.csv and {task}.png in benchmark/results/. `--plot-only` draws them again.
+Results: {task}_curves.csv, {task}_final.csv and {task}.png in benchmark/results/, written after each run. What has its
+results there is not run again, unless with `--again`: a benchmark that was stopped goes on where it was.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +47,8 @@ GO += " --total-timesteps 300000 --hidden-size 128 --checkpoint-every 10 --updat
 GO += " --gae-lambda 0.95"
 WORLDMODEL = "worldmodel_a2c.py --eval-episodes 100 --checkpoint-every 0"
 A2C = "--update-epochs 1 --num-minibatches 1 --num-steps 8 --no-planning"
-ACROBOT = "worldmodel_a2c.py --env-id Acrobot-v1 --checkpoint-every 0 --total-timesteps 30720 --no-anneal-lr"
+PENDULUM = "worldmodel_a2c.py --env-id Pendulum-v1 --checkpoint-every 0 --total-timesteps 30720 --no-anneal-lr"
+PENDULUM += " --planning-samples 8"
 EARLY = "worldmodel_a2c.py --checkpoint-every 0 --total-timesteps 10240 --no-anneal-lr"
 RACING = "worldmodel_a2c.py --env-id environments.car_racing:CarRacing64-v0 --num-envs 8 --num-steps 64 --no-quantize"
 RACING += " --planning-horizon 3 --planning-hold 1 --planning-samples 16 --memory-coef 0.1 --ent-coef 0.003"
@@ -125,9 +128,9 @@ TASKS = {  # task: (seeds, title, {label: command}), and what is plotted if not 
         {
             "planning": EARLY,
             "no planning": f"{EARLY} --no-planning",
-            "candidates held for 1 step": f"{EARLY} --planning-hold 1",
-            "3 steps ahead": f"{EARLY} --planning-horizon 3",
+            "the model learns no more than the rest": f"{EARLY} --model-steps 0",
             "no distillation": f"{EARLY} --distill-coef 0",
+            "true dynamics": EARLY.replace("worldmodel_a2c.py", "benchmark/worldmodel_oracle.py"),
         },
     ),
     "planning_settings": (
@@ -135,21 +138,29 @@ TASKS = {  # task: (seeds, title, {label: command}), and what is plotted if not 
         "CartPole-v1, the first 10,000 steps: other settings",
         {
             "planning": EARLY,
+            "plans made, but not followed": f"{EARLY} --planning-beta 0",
+            "candidates held for 1 step": f"{EARLY} --planning-hold 1",
+            "3 steps ahead": f"{EARLY} --planning-horizon 3",
             "16 steps ahead": f"{EARLY} --planning-horizon 16",
             "looking back 32 steps": f"{EARLY} --context 32",
             "rollouts of 128 steps": f"{EARLY} --num-steps 128",
             "rollouts of 128 steps, no planning": f"{EARLY} --num-steps 128 --no-planning",
         },
     ),
-    "planning_acrobot": (
+    "planning_pendulum": (
         range(21, 27),
-        "Acrobot-v1, the first 30,000 steps",
-        {"planning": ACROBOT, "no planning": f"{ACROBOT} --no-planning"},
+        "Pendulum-v1, the first 30,000 steps",
+        {"planning": PENDULUM, "no planning": f"{PENDULUM} --no-planning"},
     ),
     "carracing": (
         range(1, 4),
         "CarRacing, 75,000 decisions of four frames",
-        {"no planning": f"{RACING} --no-planning", "planning": RACING},
+        {
+            "no planning": f"{RACING} --no-planning",
+            "in stages, no planning": RACING.replace("a2c.py", "stages.py", 1).replace("w", "benchmark/w", 1)
+            + " --no-planning",
+            "planning": RACING,
+        },
     ),
 }
 
@@ -167,23 +178,21 @@ def finish(call: list[str], folder: str) -> tuple[str, dict[str, float]]:
 
 
 def run(label: str, command: str, seed: int, tags: list[str], keep: str | None) -> tuple[list[dict], dict]:
-    """The learning curve and the closing summary of one run."""
+    """The learning curve and the closing summary of one run. A curve ends where the summary's steps end: of a run in
+    stages it is the last stage's."""
     with tempfile.TemporaryDirectory() as runs_dir:
         call = [sys.executable, *command.split(), "--seed", str(seed), "--runs-dir", keep or runs_dir]
         output, cost = finish(call, runs_dir)
         final = json.loads(output.splitlines()[-1])
         events = EventAccumulator(final.pop("run_dir"), size_guidance={"scalars": 0}).Reload()
         curves = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+        before = final["global_step"] - events.Scalars("charts/SPS")[-1].step
     rows = defaultdict(dict)
     for tag, points in curves.items():
         for step, value in points:
-            rows[step] |= {"label": label, "seed": seed, "global_step": step, tag.split("/")[1]: value}
+            rows[step] |= {"label": label, "seed": seed, "global_step": before + step, tag.split("/")[1]: value}
     print(f"{label}, seed {seed}: {final.get('exploitability', final['eval_return_mean']):.3f}", file=sys.stderr)
-    return list(rows.values()), {
-        "label": label,
-        "seed": seed,
-        "command": f"python {command} --seed {seed}",
-    } | final | cost
+    return list(rows.values()), {"label": label, "seed": seed, "command": f"python {command}"} | final | cost
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -238,25 +247,32 @@ def main() -> None:
     parser.add_argument("--labels", nargs="+", help="only some lines of the picture; the others' results stay")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--runs-dir", help="where to keep the runs and their checkpoints")
-    parser.add_argument("--plot-only", action="store_true")
+    parser.add_argument("--again", action="store_true", help="also runs whose results are there")
     args = parser.parse_args()
     seeds, title, commands, *tags = TASKS[args.task]
     tags = tags[0] if tags else [RETURN]
     if unknown := set(args.labels or ()) - commands.keys():
         parser.error(f"no such label: {', '.join(unknown)}; there are {', '.join(commands)}")
+    labels, lock, jobs = {label: i for i, label in enumerate(commands)}, threading.Lock(), []
     commands = {label: command for label, command in commands.items() if label in (args.labels or commands)}
-    if not args.plot_only:
-        with ThreadPoolExecutor(args.jobs) as pool:
-            jobs = [
-                pool.submit(run, label, command, seed, tags, args.runs_dir)
-                for label, command in commands.items()
-                for seed in seeds
-            ]
-            curves, finals = zip(*(job.result() for job in jobs), strict=True)
-        for name, rows in (("curves", [row for curve in curves for row in curve]), ("final", list(finals))):
-            path = HERE / "results" / f"{args.task}_{name}.csv"
-            old = list(csv.DictReader(path.read_text().splitlines())) if args.labels and path.exists() else []
-            write(path, [row for row in old if row["label"] not in commands] + rows)
+    paths = [HERE / "results" / f"{args.task}_{name}.csv" for name in ("curves", "final")]
+    results = [list(csv.DictReader(path.read_text().splitlines())) if path.exists() else [] for path in paths]
+    done = {(row["label"], row["seed"], row["command"].partition(" --seed ")[0]) for row in results[1]}
+
+    def job(label: str, command: str, seed: int) -> None:
+        new = run(label, command, seed, tags, args.runs_dir)
+        with lock:
+            for path, rows, more in zip(paths, results, (new[0], [new[1]]), strict=True):
+                rows[:] = [row for row in rows if (row["label"], str(row["seed"])) != (label, str(seed))] + more
+                write(path, sorted(rows, key=lambda row: (labels.get(row["label"], -1), int(row["seed"]))))
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for seed in seeds:
+            for label, command in commands.items():
+                if args.again or (label, str(seed), f"python {command}") not in done:
+                    jobs.append(pool.submit(job, label, command, seed))
+        for each in jobs:
+            each.result()
     plot(args.task, title, tags)
 
 
