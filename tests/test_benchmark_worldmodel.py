@@ -16,6 +16,7 @@ import learning
 import worldmodel_oracle as oracle
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("horizon", [1, 3])
 def test_true_values_are_those_of_copies_of_the_environments(horizon, monkeypatch):
     wm = oracle.wm

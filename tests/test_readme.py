@@ -1,8 +1,12 @@
-"""What the README shows of Python is run as it stands; its recipe for another recurrent cell is carried out."""
+"""What the README shows of Python is run as it stands, its recipe for another recurrent cell is carried out, and its
+numbers are those of benchmark/results/."""
 
+import csv
 import os
 import re
 import sys
+from collections import defaultdict
+from statistics import fmean, median
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ import torch
 from helpers import ROOT, run_from_shell
 
 README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "benchmark" / "results"
 
 
 def blocks(language: str) -> list[str]:
@@ -60,3 +65,91 @@ def test_a_gru_in_a_few_lines_passes_the_tests_of_exactness(script_path, tmp_pat
     assert "nn.GRU(" in copy.read_text()
     done = run_from_shell("-m", "pytest", "-q", "-n0", ROOT / "tests" / "test_exact.py", "--script", copy)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def column(table: str, name: str, **where: str) -> list[float]:
+    """The numbers of a column of results/`table`.csv, of the rows that have these values."""
+    rows = csv.DictReader((RESULTS / f"{table}.csv").read_text().splitlines())
+    return [float(row[name]) for row in rows if all(row[key] == value for key, value in where.items())]
+
+
+def said(*sentences: str) -> None:
+    text = " ".join(README.split())
+    for sentence in sentences:
+        assert sentence in text, sentence
+
+
+def test_numbers_of_memory():
+    exact = {}  # task: numbers of each cell
+    for line in (RESULTS / "memory_table.md").read_text().splitlines():
+        task, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        exact[task] = [re.findall(r"-?\d+\.\d+", cell) + re.findall(r"\((\d+)\)", cell) for cell in cells[:3]]
+    rows = re.findall(r"^\| (\w+) \(\d+k\) \| (.*) \| (.*) \| (.*) \|$", README, re.MULTILINE)
+    assert len(rows) == 8
+    for task, *cells in rows:
+        for cell, expected in zip(cells, exact[task], strict=True):
+            values, seeds = re.findall(r"-?\d+\.?\d*", cell.partition(" [")[0]), re.findall(r"\[(\d+)\]", cell)
+            assert (seeds or ["5"])[0] == expected[4]
+            for value, number in zip(values, expected[:4], strict=True):
+                digits = len(value.partition(".")[2])
+                assert abs(float(value) - float(number)) <= 0.51 * 10**-digits, (task, value, number)
+
+
+def test_numbers_of_the_predictor():
+    assert column("cartpole_final", "eval_return_mean", label="PPO-LSTM") == [500] * 5
+    without = column("cartpole_final", "eval_return_mean", label="without memory (--no-recurrent)")
+    first, second, third = column("lander_final", "eval_return_mean")
+    said(
+        "With memory all end at 500.0 over 100 evaluation episodes, "
+        f"without it at {min(without):.0f} to {max(without):.0f}",
+        f"seed 1 returned {first:.0f}",
+        f"seeds 2 and 3 {second:.0f} and {third:.0f}",
+    )
+    speeds, ratio = defaultdict(list), {}
+    for table in ("throughput", "predictor_cost"):
+        for row in csv.DictReader((RESULTS / f"{table}.csv").read_text().splitlines()):
+            speeds[row["subject"]].append(float(row["sps"]))
+    for rival in ("sb3-contrib", "loop", "floor"):
+        ratio[rival] = [mine / theirs for mine, theirs in zip(speeds["script"], speeds[rival], strict=True)]
+    for rival, name in (("sb3-contrib", "layers as wide"), ("loop", "otherwise this script")):
+        low, high = min(ratio[rival]), max(ratio[rival])
+        said(f"{name} | {median(ratio[rival]):.1f} ({low:.1f} to {high:.1f}) |")
+    said(f"backward a minibatch | {median(ratio['floor']):.2f} |")
+    pairs = zip(speeds["predictor H=200"], speeds["predictor off"], strict=True)
+    said(f"costs {100 * (1 - fmean(a / b for a, b in pairs)):.0f}% of the throughput at horizon 200")
+
+
+def test_numbers_of_self_play():
+    said("ends at {:.3f}, {:.3f} and {:.3f} with three seeds".format(*column("leduc_final", "exploitability")))
+    wins = {}
+    for opponent in ("random", "max_power", "heuristic"):
+        for actions in ("sampled", "likeliest"):
+            where = {"label": "LSTM", "opponent": opponent, "actions": actions}
+            rate, low, high = (100 * column("showdown_final", x, **where)[0] for x in ("win_rate", "low", "high"))
+            note = "95% interval " * (opponent == "random")
+            wins[opponent, actions] = f"{rate:.1f}% ({note}{low:.1f}–{high:.1f})"
+    (battles,) = set(column("showdown_final", "battles_trained_on", label="LSTM"))
+    said(
+        f"After {battles:,.0f} battles it wins {wins['random', 'sampled']} of 1,000 battles",
+        f"{wins['max_power', 'sampled']} against the one that always takes",
+        f"and {wins['heuristic', 'sampled']} against its heuristic player, "
+        f"{wins['heuristic', 'likeliest']} with the likeliest",
+    )
+
+
+def test_numbers_of_tamiyo():
+    rows = (RESULTS / "tamiyo_plain_table.md").read_text()
+    table = dict(re.findall(r"^\| ([^|]*) \| \d+ \| ([\d.-]+) \|", rows, re.MULTILINE))
+    said(
+        f"it returns {table['LSTM']}, a controller without memory {table['MLP']} too, the best rule by hand "
+        f"{table['best rule that remembers']}, the best fixed plan {table['best fixed plan']}"
+    )
+
+
+def test_numbers_of_the_world_model():
+    assert column("worldmodel_final", "eval_return_mean", label="planning") == [500] * 5
+    sampled, likeliest = (
+        column("carracing_final", f"eval_return_{x}", label="no planning") for x in ("sampled", "mean")
+    )
+    said("{:.0f}, {:.0f} and {:.0f} over 20 whole".format(*sampled))
+    said("likeliest actions, {:.0f}, {:.0f} and {:.0f},".format(*likeliest))
