@@ -96,7 +96,7 @@ class Args:  # the comments are what --help says
     planning_hold: int = 3  # steps for which a candidate action is held, before the policy goes on
     planning_samples: int = 32  # actions to try where they are continuous; of discrete ones, all are tried
     planning_beta: float = 5.0  # how far Q moves the logits, times the slope of what came on what plans had foretold
-    model_steps: int = 64  # steps of the model alone after each update, with planning: on sequences of all so far
+    model_steps: int = 256  # steps of the model alone after each update, with planning, on rollouts before
     distill_coef: float = 1.0  # weight, times what plans add to logits (at most 1), of drawing the policy after them
 
 
@@ -936,8 +936,7 @@ def train(args: Args) -> dict:
             rollout, episodes = collect(player, args.num_steps, prefix, rollout)
             own = Rollout(*(x[prefix:] for x in rollout))  # [T, N]
             values, next_values = map(agent.return_stats.denormalize, (own.value, own.next_value))
-            ends = own.terminated, own.truncated
-            advantages, returns = gae(own.reward, values, next_values, *ends, args.gamma, args.gae_lambda)
+            advantages, returns = gae(own.reward, values, next_values, *own[-2:], args.gamma, args.gae_lambda)
             centred = advantages - all_mean(advantages.mean())
             normal = centred / (all_mean(centred.square().mean()).sqrt() + 1e-8)
             advantages = normal if args.norm_adv else advantages
@@ -957,11 +956,12 @@ def train(args: Args) -> dict:
                 if args.target_kl and all_mean(kl) > args.target_kl:
                     break
             past += [rollout] * planning
-            for _ in range(args.model_steps if planning and agent.updates else 0):  # of the model alone
-                old = past[int(torch.randint(len(past), (), generator=rng, device=device))]
-                few = torch.randperm(args.num_envs, generator=rng, device=device).tensor_split(args.num_minibatches)[0]
-                with torch.no_grad():
-                    old, seen = look(agent, Rollout(*(x[:, few].transpose(0, 1) for x in old)))
+            for step in range(args.model_steps if planning and agent.updates else 0):  # of the model alone
+                if step % 8 == 0:
+                    old = past[int(torch.randint(len(past), (), generator=rng, device=device))]
+                    few = torch.randperm(args.num_envs, generator=rng, device=device).chunk(args.num_minibatches)[0]
+                    with torch.no_grad():
+                        old, seen = look(agent, Rollout(*(x[:, few].transpose(0, 1) for x in old)))
                 descend(args.memory_coef * memory_loss(agent, old, seen).mean(), agent, optimizer, args.max_grad_norm)
             scalars = {x: float(all_mean(torch.stack([m[x] for m in log]).mean())) for x in (log[0] if log else ())}
 
