@@ -123,7 +123,7 @@ TASKS = {  # task: (seeds, title, {label: command}), and what is plotted if not 
         },
     ),
     "planning": (
-        range(21, 29),
+        range(31, 39),
         "CartPole-v1, the first 10,000 steps",
         {
             "planning": EARLY,
@@ -134,7 +134,7 @@ TASKS = {  # task: (seeds, title, {label: command}), and what is plotted if not 
         },
     ),
     "planning_settings": (
-        range(21, 29),
+        range(31, 39),
         "CartPole-v1, the first 10,000 steps: other settings",
         {
             "planning": EARLY,
