@@ -162,15 +162,15 @@ def test_the_model_alone_goes_on_learning_from_rollouts_before(worldmodel, tmp_p
 
     for name, function in (("collect", collected), ("descend", descended), ("memory_loss", lost)):
         monkeypatch.setattr(worldmodel, name, function)
-    small_run(worldmodel, tmp_path / "a", model_steps=160, memory_coef=0.5, eval_episodes=1)
+    small_run(worldmodel, tmp_path / "a", model_steps=64, memory_coef=0.5, eval_episodes=1)
     alone = [parts == {"model"} for parts in moved]
     assert (
-        alone == ([False] * 8 + [True] * 160) * 7
+        alone == ([False] * 8 + [True] * 64) * 7
     )  # four epochs of two minibatches; the first rollout teaches nothing
     known = [rollout.obs[-8:, n] for rollout, _ in rollouts for n in range(2)]
     found = [next(i for i, obs in enumerate(known) if obs.equal(batch.obs[0])) // 2 for batch in drawn]
-    assert all(r <= i // 160 + 1 for i, r in enumerate(found))
-    assert set(range(7)) <= set(found) and len({found[i] for i in range(8)}) == 1
+    assert all(r <= i // 64 + 1 for i, r in enumerate(found))
+    assert len(set(found)) > 4 and len({found[i] for i in range(8)}) == 1
     for changes in (
         {"planning": False},
         {"stage": "memory", "init_from": str(next(tmp_path.glob("a/*/checkpoint.pt")))},
