@@ -8,7 +8,7 @@ The data goes one way, and each arrow has its function below:
     environments ── play ──▶ steps ── collect ──▶ Rollout [R, N]     with the rows before it that the memory sees
     Rollout ── gae ──▶ advantages, returns [T, N]                    truncation bootstraps, termination does not
     minibatch ── Agent.unroll ── a2c_loss ── descend ──▶ weights     of all parts; whole sequences in one pass
-    rollouts before ── memory_loss ── descend ──▶ model               alone, on what memory makes of them now
+    last Rollouts ── look, memory_loss ── descend ──▶ model          alone, on what memory makes of them by now
     Rollout ── Agent.update ──▶ statistics, codes                    then `play` computes the cache once more
 
 Letters in shapes: T steps, N environments, R rows of a rollout (T and those before it), A entries of an action, E of an
@@ -96,7 +96,7 @@ class Args:  # the comments are what --help says
     planning_hold: int = 3  # steps for which a candidate action is held, before the policy goes on
     planning_samples: int = 32  # actions to try where they are continuous; of discrete ones, all are tried
     planning_beta: float = 5.0  # how far Q moves the logits, times the slope of what came on what plans had foretold
-    model_steps: int = 256  # steps of the model alone after each update, with planning, on rollouts before
+    model_steps: int = 256  # steps of the model alone after each update, with planning, on the last 100 rollouts
     distill_coef: float = 1.0  # weight, times what plans add to logits (at most 1), of drawing the policy after them
 
 
@@ -699,16 +699,16 @@ def memory_loss(agent: Agent, batch: Rollout, seen: Seen) -> Tensor:
     return error + reward_error + F.binary_cross_entropy_with_logits(goes_on, going_on, reduction="none")
 
 
-def descend(loss: Tensor, agent: Agent, optimizer: torch.optim.Optimizer, max_norm: float) -> dict[str, Tensor]:
+def descend(loss: Tensor, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
     """A step down the gradient, its mean over processes, clipped; gives its norm, or raises if it is not finite."""
     optimizer.zero_grad()
     loss.backward()
-    weights = [w for group in optimizer.param_groups for w in group["params"] if w.grad is not None]
+    weights = [w for group in optimizer.param_groups for w in group["params"] if w.grad is not None]  # the others stay
     for weight in weights:
         all_mean(weight.grad)
     norm = nn.utils.clip_grad_norm_(weights, max_norm, error_if_nonfinite=True)
     optimizer.step()
-    return {"losses/grad_norm": norm}
+    return norm
 
 
 # --- dreams
@@ -806,8 +806,8 @@ def assess(agent: Agent, args: Args, video_dir: Path) -> tuple[dict, Figure]:
         "eval/return_memoryless": fmean(memoryless),
     }
     if agent.vision.quantizer:
-        share = agent.vision.quantizer.count / agent.vision.quantizer.count.sum()
-        scores["vision/perplexity"] = float(torch.special.entr(share).sum().exp())
+        index = agent.vision.quantizer(agent.vision.encode(rollout.obs[-100:]))[2].flatten()
+        scores["vision/perplexity"] = float(torch.special.entr(index.bincount() / len(index)).sum().exp())
     starts = range(agent.memory.prefix, len(rollout.age) - 20, 20)
     if not starts:
         return scores, Figure()
@@ -951,18 +951,18 @@ def train(args: Args) -> dict:
                 for chosen in order.tensor_split(args.num_minibatches):
                     *batch, adv, ret = (x[:, chosen].transpose(0, 1) for x in (*rollout, advantages, returns))
                     loss, metrics = a2c_loss(agent, Rollout(*batch), adv, ret, min(1.0, beta * spread), args)
-                    log.append(metrics | descend(loss, agent, optimizer, args.max_grad_norm))
+                    log.append(metrics | {"losses/grad_norm": descend(loss, optimizer, args.max_grad_norm)})
                 kl = torch.stack([metrics["losses/approx_kl"] for metrics in log[-args.num_minibatches :]]).mean()
                 if args.target_kl and all_mean(kl) > args.target_kl:
                     break
-            past += [rollout] * planning
+            past += [rollout] * bool(planning and args.model_steps)
             for step in range(args.model_steps if planning and agent.updates else 0):  # of the model alone
-                if step % 8 == 0:
-                    old = past[int(torch.randint(len(past), (), generator=rng, device=device))]
-                    few = torch.randperm(args.num_envs, generator=rng, device=device).chunk(args.num_minibatches)[0]
+                if step % 8 == 0:  # a draw, which takes longer than a step, serves for eight
+                    drawn = past[int(torch.randint(len(past), (), generator=rng, device=device))]
+                    chosen = torch.randperm(args.num_envs, generator=rng, device=device)[: len(chosen)]
                     with torch.no_grad():
-                        old, seen = look(agent, Rollout(*(x[:, few].transpose(0, 1) for x in old)))
-                descend(args.memory_coef * memory_loss(agent, old, seen).mean(), agent, optimizer, args.max_grad_norm)
+                        old, seen = look(agent, Rollout(*(x[:, chosen].transpose(0, 1) for x in drawn)))
+                descend(args.memory_coef * memory_loss(agent, old, seen).mean(), optimizer, args.max_grad_norm)
             scalars = {x: float(all_mean(torch.stack([m[x] for m in log]).mean())) for x in (log[0] if log else ())}
 
             # --- statistics and codes, log, save, evaluate

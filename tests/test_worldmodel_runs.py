@@ -139,26 +139,28 @@ def test_plans_steer_by_what_they_have_proved_to_be_worth(worldmodel, tmp_path, 
 
 
 def test_the_model_alone_goes_on_learning_from_rollouts_before(worldmodel, tmp_path, monkeypatch):
-    rollouts, drawn, moved, losses = [], [], [], []
+    agent, rollouts, drawn, moved, losses = None, [], [], [], []
     collect, descend, memory_loss = worldmodel.collect, worldmodel.descend, worldmodel.memory_loss
 
     def collected(*args):
         rollouts.append(collect(*args))
         return rollouts[-1]
 
-    def lost(agent, batch, seen):
+    def lost(learner, batch, seen):
+        nonlocal agent
+        agent = learner
         if not seen.h.requires_grad:  # a step of the model alone
             drawn.append(batch)
-        losses.append(memory_loss(agent, batch, seen))
+        losses.append(memory_loss(learner, batch, seen))
         return losses[-1]
 
-    def descended(loss, agent, *args):
+    def descended(loss, *args):
         before = {name: x.clone() for name, x in agent.named_parameters()}
-        metrics = descend(loss, agent, *args)
+        norm = descend(loss, *args)
         moved.append({name.split(".")[0] for name, x in agent.named_parameters() if not x.equal(before[name])})
         if moved[-1] == {"model"}:
             torch.testing.assert_close(loss, 0.5 * losses[-1].mean())
-        return metrics
+        return norm
 
     for name, function in (("collect", collected), ("descend", descended), ("memory_loss", lost)):
         monkeypatch.setattr(worldmodel, name, function)
