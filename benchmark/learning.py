@@ -14,8 +14,9 @@
     python benchmark/learning.py planning        # 25 minutes; planning_settings, planning_pendulum likewise
     python benchmark/learning.py carracing       # three hours
 
-Results: {task}_curves.csv, {task}_final.csv and {task}.png in benchmark/results/, written after each run. What has its
-results there is not run again, unless with `--again`: a benchmark that was stopped goes on where it was.
+Results: {task}_curves.csv and {task}_final.csv in benchmark/results/, written after each run, and {task}.png at the
+end. What is there is not run again, unless with `--again`: a benchmark that was stopped goes on where it was. Results
+of labels and seeds that the task no longer has are dropped.
 """
 
 import argparse
@@ -128,9 +129,9 @@ TASKS = {  # task: (seeds, title, {label: command}), and what is plotted if not 
         {
             "planning": EARLY,
             "no planning": f"{EARLY} --no-planning",
-            "the model learns no more than the rest": f"{EARLY} --model-steps 0",
+            "no steps of the model alone": f"{EARLY} --model-steps 0",
             "no distillation": f"{EARLY} --distill-coef 0",
-            "true dynamics": EARLY.replace("worldmodel_a2c.py", "benchmark/worldmodel_oracle.py"),
+            "true dynamics": f"benchmark/{EARLY.replace('a2c', 'oracle', 1)}",
         },
     ),
     "planning_settings": (
@@ -157,8 +158,7 @@ TASKS = {  # task: (seeds, title, {label: command}), and what is plotted if not 
         "CarRacing, 75,000 decisions of four frames",
         {
             "no planning": f"{RACING} --no-planning",
-            "in stages, no planning": RACING.replace("a2c.py", "stages.py", 1).replace("w", "benchmark/w", 1)
-            + " --no-planning",
+            "in stages, no planning": f"benchmark/{RACING.replace('a2c', 'stages', 1)} --no-planning",
             "planning": RACING,
         },
     ),
@@ -196,10 +196,11 @@ def run(label: str, command: str, seed: int, tags: list[str], keep: str | None) 
 
 
 def write(path: Path, rows: list[dict]) -> None:
-    with open(path, "w", newline="") as file:
+    with open(path.with_suffix(".tmp"), "w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), restval="")
         writer.writeheader()
         writer.writerows(rows)
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 def plot(task: str, title: str, tags: list[str]) -> None:
@@ -253,26 +254,31 @@ def main() -> None:
     tags = tags[0] if tags else [RETURN]
     if unknown := set(args.labels or ()) - commands.keys():
         parser.error(f"no such label: {', '.join(unknown)}; there are {', '.join(commands)}")
-    labels, lock, jobs = {label: i for i, label in enumerate(commands)}, threading.Lock(), []
-    commands = {label: command for label, command in commands.items() if label in (args.labels or commands)}
+    chosen = {(label, seed) for label in args.labels or commands for seed in seeds}
     paths = [HERE / "results" / f"{args.task}_{name}.csv" for name in ("curves", "final")]
-    results = [list(csv.DictReader(path.read_text().splitlines())) if path.exists() else [] for path in paths]
+    results, order, lock = [], list(commands), threading.Lock()
+    for path in paths:
+        rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+        rows = [row | {"seed": int(row["seed"])} for row in rows]
+        rows = [row for row in rows if row["label"] in commands and row["seed"] in seeds]
+        results.append([row for row in rows if not (args.again and (row["label"], row["seed"]) in chosen)])
     done = {(row["label"], row["seed"], row["command"].partition(" --seed ")[0]) for row in results[1]}
 
     def job(label: str, command: str, seed: int) -> None:
         new = run(label, command, seed, tags, args.runs_dir)
         with lock:
             for path, rows, more in zip(paths, results, (new[0], [new[1]]), strict=True):
-                rows[:] = [row for row in rows if (row["label"], str(row["seed"])) != (label, str(seed))] + more
-                write(path, sorted(rows, key=lambda row: (labels.get(row["label"], -1), int(row["seed"]))))
+                rows[:] = [row for row in rows if (row["label"], row["seed"]) != (label, seed)] + more
+                write(path, sorted(rows, key=lambda row: (order.index(row["label"]), row["seed"])))
 
+    left = [x for x in sorted(chosen, key=lambda x: x[::-1]) if (*x, f"python {commands[x[0]]}") not in done]
     with ThreadPoolExecutor(args.jobs) as pool:
-        for seed in seeds:
-            for label, command in commands.items():
-                if args.again or (label, str(seed), f"python {command}") not in done:
-                    jobs.append(pool.submit(job, label, command, seed))
-        for each in jobs:
-            each.result()
+        try:
+            for each in [pool.submit(job, label, commands[label], seed) for label, seed in left]:
+                each.result()
+        except BaseException:  # Ctrl-C, or a run that failed: no more are begun
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     plot(args.task, title, tags)
 
 

@@ -1,6 +1,5 @@
 """How much could plans help? worldmodel_a2c.py on CartPole, its model replaced by the environment itself: candidates
-are imagined without error, and only the values at the plans' end are still learnt. With `--planning-horizon 64` hardly
-anything depends on those either.
+are imagined without error, and only the values at the plans' end are still learnt. On the CPU.
 
     python benchmark/worldmodel_oracle.py --total-timesteps 10240 --no-anneal-lr    # the script's flags and its output
 
@@ -54,4 +53,5 @@ def true_action_values(agent: wm.Agent, seen: wm.Seen, action: Tensor, args: wm.
 
 if __name__ == "__main__":
     wm.make_envs, wm.action_values = remember, true_action_values
+    sys.argv.append("--no-cuda")
     wm.main()

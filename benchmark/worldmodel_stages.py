@@ -1,6 +1,6 @@
-"""worldmodel_a2c.py in stages, vision, memory, then all, for as many steps in all as `--total-timesteps` says: of every
-five, one goes to vision and one to memory. Other flags are the script's, for each stage, and so is the output, the last
-stage's, but for `global_step`, which counts all of them.
+"""worldmodel_a2c.py in stages: a fifth of `--total-timesteps` for vision, a fifth for memory, the rest for everything,
+each to the end of its last rollout. In the first two the untrained policy acts; in each the learning rate falls to 0.
+Other flags are the script's, for each stage; the output is the last stage's, but `global_step` counts all.
 
     python benchmark/worldmodel_stages.py --total-timesteps 100000
 
