@@ -806,7 +806,7 @@ def assess(agent: Agent, args: Args, video_dir: Path) -> tuple[dict, Figure]:
         "eval/return_memoryless": fmean(memoryless),
     }
     if agent.vision.quantizer:
-        index = agent.vision.quantizer(agent.vision.encode(rollout.obs[-100:]))[2].flatten()
+        index = agent.vision.quantizer(agent.vision.encode(rollout.obs[agent.memory.prefix :][-100:]))[2].flatten()
         scores["vision/perplexity"] = float(torch.special.entr(index.bincount() / len(index)).sum().exp())
     starts = range(agent.memory.prefix, len(rollout.age) - 20, 20)
     if not starts:
