@@ -148,6 +148,20 @@ def test_numbers_of_tamiyo():
 
 def test_numbers_of_the_world_model():
     assert column("worldmodel_final", "eval_return_mean", label="planning") == [500] * 5
+    for task, seeds, words in (
+        ("planning", 8, "training episodes return {:.0f} with them and {:.0f} without (eight other seeds, {:.0f} ±"),
+        ("planning_pendulum", 6, "Pendulum {:,.0f} and {:,.0f} (six seeds, {:.0f} ±"),
+    ):
+        mean = {}
+        for label in ("planning", "no planning"):
+            curves = defaultdict(list)
+            for row in csv.DictReader((RESULTS / f"{task}_curves.csv").read_text().splitlines()):
+                if row["label"] == label and row["episodic_return"] not in ("", "nan"):
+                    curves[row["seed"]].append(float(row["episodic_return"]))
+            assert len(curves) == seeds
+            mean[label] = fmean(map(fmean, curves.values()))
+        numbers = mean["planning"], mean["no planning"], mean["planning"] - mean["no planning"]
+        said(words.format(*numbers).replace(" -", " −"))
     sampled, likeliest = (
         column("carracing_final", f"eval_return_{x}", label="no planning") for x in ("sampled", "mean")
     )
