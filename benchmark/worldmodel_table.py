@@ -1,9 +1,10 @@
-"""Tables of what `python benchmark/learning.py` measured of worldmodel_a2c.py: the tasks worldmodel, planning and those
-that begin with planning_.
+"""Tables of what `python benchmark/learning.py` measured of worldmodel_a2c.py: the tasks worldmodel, carracing,
+planning and those that begin with planning_.
 
     python benchmark/worldmodel_table.py    # results/worldmodel_table.md
 
-Intervals are 95%, Student's t over seeds; differences are paired by seed.
+Intervals are 95%, Student's t over seeds; in brackets the differences from the first label, paired by seed. Training
+returns are those of as many steps from a run's first episode on as all runs have: of a run in stages, its last stage.
 """
 
 import csv
@@ -45,25 +46,27 @@ def table(task: str) -> list[str]:
         curves[row["label"]][int(row["seed"])].append(point)
     for row in read(RESULTS / f"{task}_final.csv"):
         finals[row["label"]][int(row["seed"])] = row
-    area = {
-        label: {seed: np.nanmean([value for _, value in points]) for seed, points in seeds.items()}
-        for label, seeds in curves.items()
-    }
+    first = {(label, seed): points[0][0] for label, seeds in curves.items() for seed, points in seeds.items()}
+    span = min(float(finals[label][seed]["global_step"]) - begins for (label, seed), begins in first.items())
+    for (label, seed), begins in first.items():
+        returns = [value for step, value in curves[label][seed] if step <= begins + span]
+        finals[label][seed]["training"] = np.nanmean(returns)
     base = next(iter(finals))
     lines = [
         f"**{TASKS[task][1]}**",
         "",
-        f"| | seeds | likeliest actions | sampled | mean training return | minus that of “{base}” | steps to 475 |",
-        "|---" * 7 + "|",
+        "| | seeds | likeliest actions | sampled | mean training return | steps to 475 |",
+        "|---" * 6 + "|",
     ]
     for label, rows in finals.items():
         both = sorted(rows.keys() & finals[base].keys())
-        apart = np.array([area[label][seed] - area[base][seed] for seed in both])
         reached = np.array([steps_to(points, 475) for points in curves[label].values()])
         cells = [label, len(rows)]
-        for name in ("eval_return_mean", "eval_return_sampled"):
+        for name in ("eval_return_mean", "eval_return_sampled", "training"):
             cells.append(interval(np.array([float(row[name]) for row in rows.values()])))
-        cells += [interval(np.array(list(area[label].values()))), "" if label == base else interval(apart, 0, "+")]
+            if label != base:
+                apart = np.array([float(rows[seed][name]) - float(finals[base][seed][name]) for seed in both])
+                cells[-1] += f" ({interval(apart, 0, '+')})"
         some = reached[~np.isnan(reached)]
         cells.append(f"{np.median(some):,.0f} ({len(some)} of {len(reached)})" if len(some) else "")
         lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -71,7 +74,7 @@ def table(task: str) -> list[str]:
 
 
 def main() -> None:
-    tasks = [task for task in TASKS if task == "worldmodel" or task.startswith("planning")]
+    tasks = [task for task in TASKS if task in ("worldmodel", "carracing") or task.startswith("planning")]
     done = [task for task in tasks if (RESULTS / f"{task}_final.csv").exists()]
     text = "\n\n".join("\n".join(table(task)) for task in done)
     (RESULTS / "worldmodel_table.md").write_text(text + "\n")
