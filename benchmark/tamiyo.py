@@ -29,9 +29,9 @@ sys.path.insert(0, str(HERE.parent))
 import tamiyo_rules as rules  # noqa: E402
 
 import ppo_lstm_tamiyo as tamiyo  # noqa: E402
-from environments.hosts import ACCURACY, CULL, FOSSILIZE, HELD_OUT, PRICE, SETTINGS, WAIT, Morphogenesis  # noqa: E402
+from environments.hosts import ACCURACY, CULL, EPOCHS, FOSSILIZE, HELD_OUT, PRICE, SETTINGS, WAIT, Morphogenesis  # noqa: E402
 
-SEEDS, HOSTS, STEPS = range(1, 6), 200, {"plain": 64_000, "memory": 192_000}
+SEEDS, HOSTS, STEPS = range(1, 6), 200, {"plain": 64_000, "memory": 128_000}
 CONTROLLERS = {  # label: flags; a host's history as keyword argument
     "LSTM": [],
     "MLP": ["--no-recurrent"],
@@ -81,8 +81,8 @@ def train_one(label: str, seed: int) -> None:
         return
     flags = ["--seed", str(seed), "--runs-dir", str(place(RUNS, label, seed)), "--eval-episodes", "16"]
     flags += [flag for flag in CONTROLLERS[label] if flag != "history"]
-    flags += ["--num-steps", str(SETTINGS[setting].epochs), "--env-kwargs", json.dumps(env_kwargs(label))]
-    flags += ["--bptt-length", "0"] * (setting == "memory")  # a seed takes 15 epochs to judge
+    flags += ["--env-kwargs", json.dumps(env_kwargs(label))]
+    flags += ["--bptt-length", "0"] * (setting == "memory")  # what was tried may be long ago
     if run := run_of(label, seed):
         flags = ["--resume", str(run)]
     command = [sys.executable, "ppo_lstm_tamiyo.py", "--total-timesteps", str(steps), *flags]
@@ -330,10 +330,10 @@ def curves(trained: dict[str, dict[int, dict]], rule: float) -> list[str]:
     axis = figure.subplots()
     for i, (label, seeds) in enumerate(trained.items()):
         for seed, entry in seeds.items():
-            rows += [[label, seed, int(step) // SETTINGS[setting].epochs, f"{x:.4f}"] for step, x in entry["curve"]]
+            rows += [[label, seed, int(step) // EPOCHS, f"{x:.4f}"] for step, x in entry["curve"]]
         length = min(len(entry["curve"]) for entry in seeds.values())
         values = np.stack([entry["curve"][:length] for entry in seeds.values()])  # [seeds, updates, 2]
-        hosts = values[0, 4:, 0] / SETTINGS[setting].epochs
+        hosts = values[0, 4:, 0] / EPOCHS
         smooth = np.array([np.convolve(curve, np.ones(5) / 5, "valid") for curve in values[..., 1]])
         axis.plot(hosts, smooth.mean(0), color=f"C{i}", label=f"{label}, {len(values)} seeds")
         axis.fill_between(hosts, smooth.min(0), smooth.max(0), color=f"C{i}", alpha=0.15, linewidth=0)

@@ -48,7 +48,7 @@ def plain(epochs: int = 20) -> float:
     validation, validation_labels = torch.randn(360, 1, 8, 8), torch.randint(10, (360,))
     started = time.perf_counter()
     for _ in range(epochs):
-        for _ in range(hosts.SETTINGS["plain"].minibatches):
+        for _ in range(hosts.MINIBATCHES):
             index = torch.randint(897, (hosts.BATCH_SIZE,))
             for net, optimizer in zip(networks, optimizers, strict=True):
                 optimizer.zero_grad()

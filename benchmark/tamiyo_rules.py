@@ -93,7 +93,7 @@ def look(orders: np.ndarray, threshold: float, setting: str) -> Rule:
     in the last epoch in which it is seen TRAINING, and makes permanent what is left. Notes: epochs in which it was seen
     TRAINING, number of the blueprint, epoch."""
     # a seed germinated later would not be blended in before the end
-    last = SETTINGS[setting].epochs - SETTINGS[setting].training - hosts.BLENDING - 1
+    last = hosts.EPOCHS - SETTINGS[setting].training - SETTINGS[setting].blending - 1
 
     def choose(now: dict, mask: np.ndarray, notes: np.ndarray) -> np.ndarray:
         every, number = np.arange(len(notes)), notes[:, 1].astype(int) % orders.shape[1]
@@ -118,7 +118,7 @@ def glance(blueprints: tuple[int, int], threshold: float, setting: str) -> Rule:
 
     def choose(now: dict, mask: np.ndarray, notes: np.ndarray) -> np.ndarray:
         following = np.where(now["fossilized_slots"] > 0, blueprints[1], blueprints[0])
-        old = np.rint(now["seed_age"] * SETTINGS[setting].epochs) >= SETTINGS[setting].training
+        old = np.rint(now["seed_age"] * hosts.EPOCHS) >= SETTINGS[setting].training
         harmful = (now["training"] > 0) & old & (contribution(now) < threshold)
         action = np.where(mask[:, GERMINATE], GERMINATE + following, WAIT)
         action = np.where(mask[:, CULL] & harmful, CULL, action)

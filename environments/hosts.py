@@ -35,12 +35,11 @@ from environments import cifar10
 
 
 class Setting(NamedTuple):
-    """How long hosts train, and what their modules are like."""
+    """What modules are like, and what is observed."""
 
-    epochs: int  # of an episode
-    minibatches: int  # of an epoch
     sprout: int  # a seed stays GERMINATED for 1 to so many epochs
     training: int  # epochs of TRAINING
+    blending: int  # epochs of BLENDING
     culled: int  # epochs of CULLED, in which nothing can be germinated
     embargo: int  # epochs of EMBARGOED, behind them
     unsound: float  # probability for each blueprint
@@ -49,12 +48,13 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {  # in `memory`, nothing tells what was tried before, not even the action before, and trying again is free
-    "plain": Setting(25, 12, sprout=1, training=3, culled=1, embargo=3, unsound=0.3, pace=1.0, clock=True),
-    "memory": Setting(75, 4, sprout=8, training=9, culled=2, embargo=0, unsound=0.5, pace=3.0, clock=False),
+    "plain": Setting(sprout=1, training=3, blending=5, culled=1, embargo=3, unsound=0.3, pace=1.0, clock=True),
+    "memory": Setting(sprout=2, training=3, blending=2, culled=2, embargo=0, unsound=0.5, pace=3.0, clock=False),
 }
+EPOCHS, MINIBATCHES = 25, 12  # of an episode; of an epoch
 BATCH_SIZE, MOMENTUM = 32, 0.9
 WIDTHS, WIDTH = (2, 3, 4), 4  # channels of a host, and those to which all are padded
-SLOTS, BLENDING = 2, 5  # behind the first layer and behind the second; epochs
+SLOTS = 2  # behind the first layer and behind the second
 CLASSES, LN = 10, math.log(10)  # the loss of guessing
 READING = 32  # validation images of a reading
 ACCURACY, PRICE = 10.0, 0.2  # worth of accuracy on the validation images; price of as many parameters as the host's
@@ -360,7 +360,7 @@ class Morphogenesis(VectorEnv):
         return {
             Stage.GERMINATED: (self.sprout[:, None], Stage.TRAINING),
             Stage.TRAINING: (self.setting.training, Stage.BLENDING),
-            Stage.BLENDING: (BLENDING, Stage.HOLDING),
+            Stage.BLENDING: (self.setting.blending, Stage.HOLDING),
             Stage.CULLED: (self.setting.culled, Stage.EMBARGOED),
             Stage.EMBARGOED: (self.setting.embargo, Stage.DORMANT),
         }
@@ -376,7 +376,7 @@ class Morphogenesis(VectorEnv):
 
     def alpha(self) -> np.ndarray:
         """[N, SLOTS] share of each module in the host's output."""
-        blended = 1 / (1 + np.exp(-8 * ((self.age + 1) / (BLENDING + 1) - 0.5)))
+        blended = 1 / (1 + np.exp(-8 * ((self.age + 1) / (self.setting.blending + 1) - 0.5)))
         whole = np.isin(self.stage, (Stage.HOLDING, Stage.FOSSILIZED))
         return np.where(whole, 1.0, np.where(self.stage == Stage.BLENDING, blended, 0.0))
 
@@ -410,7 +410,7 @@ class Morphogenesis(VectorEnv):
         for row, n in enumerate(shadows):
             seeds[row, self.module[int(np.argmax(training[n]))]] = True
         drawn = [
-            subset[rng.integers(len(subset), size=(self.setting.minibatches, BATCH_SIZE))]
+            subset[rng.integers(len(subset), size=(MINIBATCHES, BATCH_SIZE))]
             for subset, rng in zip(self.subset, self.batches, strict=True)
         ]
         steps = torch.from_numpy(self.learning_rate).to(self.weights.dtype)[:, None] * self.direction  # [N, P]
@@ -499,7 +499,7 @@ class Morphogenesis(VectorEnv):
         diverged = ~np.isfinite(self.reading).all(1)
         self.reading[~np.isfinite(self.reading)] = 3 * LN
         self.seen = np.concatenate((self.look()[:, None], self.seen[:, :-1]), 1)
-        done, reward, infos = diverged | (self.epoch >= self.setting.epochs), self.worth - before, {}
+        done, reward, infos = diverged | (self.epoch >= EPOCHS), self.worth - before, {}
         if done.any():
             ended = np.flatnonzero(done)
             infos = {"final_obs": self.observe(), "_final_obs": done, "final_info": self.final_info(diverged)}
@@ -507,7 +507,7 @@ class Morphogenesis(VectorEnv):
         return self.observe(), reward, done, np.zeros(self.num_envs, bool), infos | self.infos()
 
     def infos(self) -> dict[str, np.ndarray]:
-        unseen = np.column_stack((self.epoch / self.setting.epochs, self.worth, self.unsound)).astype(np.float32)
+        unseen = np.column_stack((self.epoch / EPOCHS, self.worth, self.unsound)).astype(np.float32)
         return {"action_mask": self.action_masks(), "_action_mask": np.ones(self.num_envs, bool), "unseen": unseen}
 
     def final_info(self, diverged: np.ndarray) -> dict:
@@ -533,11 +533,11 @@ class Morphogenesis(VectorEnv):
         stage = np.where(live, self.stage, 0).max(1)  # of the live seed, 0 if there is none
         has, blueprint = live.any(1), np.where(live, self.blueprint, 0).max(1)
         columns = [
-            self.epoch / self.setting.epochs * self.setting.clock,
+            self.epoch / EPOCHS * self.setting.clock,
             *(self.reading / [LN, 1, LN, 1]).T,
             *(stage == i for i in (0, *LIVE)),
             *(has & (blueprint == i) for i in range(len(BLUEPRINTS))),
-            np.where(has, self.seed_age / self.setting.epochs, 0),
+            np.where(has, self.seed_age / EPOCHS, 0),
             np.where(live, self.alpha(), 0).max(1),
             np.arcsinh(50 * self.contribution / LN) / np.arcsinh(50),  # a bad module often has -0.03
             (self.stage == Stage.DORMANT).mean(1),

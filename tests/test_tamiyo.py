@@ -17,9 +17,9 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Categorical
-from toys import BOTH_SETTINGS, gradients, tiny_hosts
+from toys import gradients, tiny_hosts
 
-from environments.hosts import HELD_OUT, OBSERVATION, UNSEEN, Morphogenesis
+from environments.hosts import HELD_OUT, OBSERVATION, SETTINGS, UNSEEN, Morphogenesis
 
 
 @pytest.fixture
@@ -261,7 +261,7 @@ def an_agent(tamiyo, **changes):
     return agent, args
 
 
-@pytest.mark.parametrize("setting", BOTH_SETTINGS)
+@pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("reset_every, memory", [(0, True), (0, False), (3, True)])
 def test_10_evaluation_is_a_plain_loop_over_single_hosts(tamiyo, quick, reset_every, memory, setting):
     agent, args = an_agent(tamiyo, env_kwargs=json.dumps({"setting": setting}), reset_every=reset_every)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
-import pytest
 import torch
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -118,9 +117,6 @@ def same_but_for_time(a: dict, b: dict) -> None:
         np.testing.assert_array_equal(a[tag], b[tag], err_msg=tag)
 
 
-BOTH_SETTINGS = ["plain", pytest.param("memory", marks=pytest.mark.slow)]  # of hosts; three times as many epochs
-
-
 def tiny_hosts(monkeypatch, minibatches: int) -> None:
     """Epochs of a few small minibatches, and 60 images for validation and test."""
     from environments import hosts
@@ -133,8 +129,7 @@ def tiny_hosts(monkeypatch, minibatches: int) -> None:
 
     monkeypatch.setattr(hosts, "load_images", load_images)
     monkeypatch.setattr(hosts, "BATCH_SIZE", 8)
-    for name, setting in hosts.SETTINGS.items():
-        monkeypatch.setitem(hosts.SETTINGS, name, setting._replace(minibatches=minibatches))
+    monkeypatch.setattr(hosts, "MINIBATCHES", minibatches)
 
 
 def gradients(loss: torch.Tensor, agent: torch.nn.Module) -> torch.Tensor:
