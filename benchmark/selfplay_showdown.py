@@ -12,6 +12,7 @@ seeded: no two runs are alike. Writes showdown_curves.csv, showdown_final.csv an
 import argparse
 import csv
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,7 @@ def evaluate(label: str, path: Path, opponent: str, against: str, actions: str) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--labels", nargs="+", choices=LABELS, default=list(LABELS))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, which ends the script that runs, too
     paths = {}
     for label in parser.parse_args().labels:
         paths[label] = train(label)
