@@ -31,7 +31,7 @@ import tamiyo_rules as rules  # noqa: E402
 import ppo_lstm_tamiyo as tamiyo  # noqa: E402
 from environments.hosts import ACCURACY, CULL, EPOCHS, FOSSILIZE, HELD_OUT, PRICE, SETTINGS, WAIT, Morphogenesis  # noqa: E402
 
-SEEDS, HOSTS, STEPS = range(1, 6), 200, {"plain": 64_000, "memory": 128_000}
+SEEDS, HOSTS, STEPS = range(1, 6), 200, {"plain": 64_000, "memory": 96_000}
 CONTROLLERS = {  # label: flags; a host's history as keyword argument
     "LSTM": [],
     "MLP": ["--no-recurrent"],
