@@ -29,7 +29,18 @@ sys.path.insert(0, str(HERE.parent))
 import tamiyo_rules as rules  # noqa: E402
 
 import ppo_lstm_tamiyo as tamiyo  # noqa: E402
-from environments.hosts import ACCURACY, CULL, EPOCHS, FOSSILIZE, HELD_OUT, PRICE, SETTINGS, WAIT, Morphogenesis  # noqa: E402
+from environments.hosts import (  # noqa: E402
+    ACCURACY,
+    CULL,
+    EPOCHS,
+    FOSSILIZE,
+    GERMINATE,
+    HELD_OUT,
+    PRICE,
+    SETTINGS,
+    WAIT,
+    Morphogenesis,
+)
 
 SEEDS, HOSTS, STEPS = range(1, 6), 200, {"plain": 64_000, "memory": 96_000}
 CONTROLLERS = {  # label: flags; a host's history as keyword argument
@@ -138,6 +149,20 @@ def cull_outcomes(actions: np.ndarray, seeds: list[int], label: str, most: int =
     return better[culled_loss != kept_loss]
 
 
+def repeated(actions: np.ndarray) -> np.ndarray:
+    """Of actions [T, E], how many germinate a blueprint of which the host has culled a seed before [E]."""
+    counts = np.zeros(actions.shape[1])
+    for episode, column in enumerate(actions.T):
+        culled, live = set(), None
+        for action in column.tolist():
+            if GERMINATE <= action < FOSSILIZE:
+                counts[episode] += action in culled
+                live = action
+            elif action == CULL:
+                culled.add(live)
+    return counts
+
+
 def rule_of(label: str, seeds: list[int]) -> rules.Rule:
     best = BEST[setting]
     return {
@@ -174,7 +199,7 @@ def evaluate_one(job: tuple[str, int, str]) -> None:
     row, seed, label = job
     torch.set_num_threads(1)
     seeds = [HELD_OUT + 1000 + i for i in range(HOSTS)]  # which no evaluation of the script has seen
-    better = np.zeros(0, bool)
+    better, tried = np.zeros(0, bool), {}
     if row == STATIC:
         info = static(label, seed, seeds)
     else:
@@ -182,9 +207,10 @@ def evaluate_one(job: tuple[str, int, str]) -> None:
         if row in WIPED:
             agent.reset_every = WIPED[row]
         info, actions = rules.played(agent, seeds, env_kwargs(label), sampled=row == SAMPLED.format(label))
+        tried = {"repeated": repeated(actions)}
         if row in ("random", REMEMBERS, label):
             better = cull_outcomes(actions, seeds, label)
-    figures = {name: info[name] for name in FIGURES} | {"returns": info["returns"], "better": better}
+    figures = {name: info[name] for name in FIGURES} | {"returns": info["returns"], "better": better} | tried
     figures["correct"] = info["test_correct"].astype(np.float32)
     gain = ACCURACY * (info["validation_correct"] - info["bare_validation_correct"])  # [E, images]
     figures["worth"] = (gain - PRICE * info["parameter_ratio"][:, None]).astype(np.float32)  # its mean is the return
@@ -314,6 +340,12 @@ def table(draws: int = 2000) -> None:
         better = [entry["better"] for entry in seeds.values() if len(entry["better"])]
         if sum(map(len, better)) >= 50:
             lines.append(f"- {label}: {precision(better)}")
+    lines += ["", "Of what is germinated, how much is a blueprint of which the host has culled a seed before:", ""]
+    for label, seeds in rows.items():
+        counts = [(e["repeated"].sum(), e["germinations"].sum()) for e in seeds.values() if "repeated" in e]
+        if counts and sum(n for _, n in counts):
+            each = ", ".join(f"{again / n:.2f}" for again, n in counts)
+            lines.append(f"- {label}: {each}")
     if trained := {label: rows[label] for label in CONTROLLERS if label in rows}:
         lines += ["", *curves(trained, observed[REMEMBERS][0])]
     if TOLD in rows:

@@ -110,6 +110,16 @@ def test_told_rules_try_what_is_sound(quick):
         assert grown == [b for b in (0, 4, 3, 2) if not env.unsound[e, b]][: len(grown)] and CULL not in column
 
 
+def test_what_is_germinated_again():
+    norm, heavy, keep = GERMINATE, GERMINATE + 4, FOSSILIZE
+    lives = [
+        [norm, CULL, norm, CULL, norm, keep, heavy],
+        [norm, keep, norm, CULL, heavy, CULL, norm],
+        [0, norm, 0, keep, -1, -1, -1],
+    ]
+    assert experiment.repeated(np.array(lives).T).tolist() == [2, 1, 0]
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_12_forked_culls_by_copying_the_host(quick, monkeypatch, setting):
     """The environment as it stood before each cull, copied and played to the end with and without it."""
