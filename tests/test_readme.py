@@ -1,9 +1,11 @@
-"""What the README shows of Python is run as it stands, its recipe for another recurrent cell is carried out, and its
-numbers are those of benchmark/results/."""
+"""What the README shows of Python is run as it stands, its recipe for another recurrent cell is carried out, its
+numbers are those of benchmark/results/, and it and docs/ name no flag, benchmark or file that is not there."""
 
 import csv
+import importlib
 import os
 import re
+import shlex
 import sys
 from collections import defaultdict
 from statistics import fmean, median
@@ -11,10 +13,16 @@ from statistics import fmean, median
 import numpy as np
 import pytest
 import torch
+import tyro
 from helpers import ROOT, run_from_shell
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+import learning
 
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "benchmark" / "results"
+PAGES = [ROOT / "README.md", ROOT / "benchmark" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROSE = "\n".join(path.read_text() for path in PAGES).replace("\\\n", " ")
 
 
 def blocks(language: str) -> list[str]:
@@ -45,6 +53,33 @@ def test_use_it_from_python(script, script_path, tmp_path, monkeypatch):
         exported_params, exported = session.run(None, {"obs": obs, "state": exported})
         np.testing.assert_allclose(exported_params, params, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(exported, state, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ppo_lstm_predictor", "ppo_lstm_tamiyo", "sequence_ppo_selfplay", "worldmodel_a2c"])
+def test_commands_are_taken(name, monkeypatch):
+    """… by the script, up to paths that stand for others, and environments that other packages bring."""
+    commands, script = (
+        re.findall(rf"^(?:python|torchrun) .*?{name}\.py *(.*)$", PROSE, re.M),
+        importlib.import_module(name),
+    )
+    assert len(commands) > 4
+    for command in commands:
+        args = tyro.cli(script.Args, default=script.Args(), args=shlex.split(command, comments=True))
+        if "…" not in command and not re.search("runs/|flycraft|gen9|cifar10", command):
+            script.check(args)
+
+
+def test_benchmarks_and_files_are_there():
+    for script, task in re.findall(r"\b(?:benchmark/|`)(\w+\.py)(?: (\w+))?", PROSE):
+        assert (ROOT / "benchmark" / script).exists() or (ROOT / script).exists(), script
+        assert script != "learning.py" or not task or task in learning.TASKS, task
+    for path in PAGES:
+        for link in re.findall(r"\]\(([^):#]+)", path.read_text()):
+            assert link == "https" or (path.parent / link).exists(), (path.name, link)
+    tables = (path.read_text() for path in (ROOT / "benchmark" / "README.md", ROOT / "docs" / "claims.md"))
+    for line in "".join(tables).splitlines():
+        for name in re.findall(r"`([\w…*]+(?:\.csv|/))`", line.strip("| ").rpartition("|")[2]):
+            assert list(RESULTS.glob(name.replace("…", "*"))) or "not run yet" in line, name
 
 
 def gru_of(source: str) -> str:
