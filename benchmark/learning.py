@@ -14,9 +14,9 @@
     python benchmark/learning.py planning        # 25 minutes; planning_settings, planning_pendulum likewise
     python benchmark/learning.py carracing       # three to five hours
 
-Results: {task}_curves.csv and {task}_final.csv in benchmark/results/, written after each run, and {task}.png at the
-end. What is there is not run again, unless with `--again`: a benchmark that was stopped goes on where it was. Results
-of labels and seeds that the task no longer has are dropped.
+Results: {task}_curves.csv and {task}_final.csv (with versions, commit and machine) in benchmark/results/, written after
+each run, and {task}.png at the end. What is there is not run again, unless with `--again`: a benchmark that was stopped
+goes on where it was. Results of labels and seeds that the task no longer has are dropped.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import memory
 import numpy as np
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -264,10 +265,12 @@ def main() -> None:
         results.append([row for row in rows if not (args.again and (row["label"], row["seed"]) in chosen)])
     done = {(row["label"], row["seed"], row["command"].partition(" --seed ")[0]) for row in results[1]}
 
+    about = memory.circumstances(sys.executable, ["torch", "gymnasium"])
+
     def job(label: str, command: str, seed: int) -> None:
-        new = run(label, command, seed, tags, args.runs_dir)
+        curve, final = run(label, command, seed, tags, args.runs_dir)
         with lock:
-            for path, rows, more in zip(paths, results, (new[0], [new[1]]), strict=True):
+            for path, rows, more in zip(paths, results, (curve, [final | about]), strict=True):
                 rows[:] = [row for row in rows if (row["label"], row["seed"]) != (label, seed)] + more
                 write(path, sorted(rows, key=lambda row: (order.index(row["label"]), row["seed"])))
 
