@@ -182,9 +182,9 @@ POLICIES = ("never grow", "random", "always at once", PLAN, REMEMBERS, LOOKS, TO
 def evaluations() -> list[tuple[str, int, str]]:
     """(row of the table, seed, controller) of all that is not evaluated yet."""
     todo = [(label, 0, "") for label in POLICIES]
-    for label, seed in [(label, seed) for label in CONTROLLERS for seed in SEEDS if steps_of(label, seed) >= steps]:
-        todo += [(label, seed, label), (SAMPLED.format(label), seed, label)]
-        todo += [(row, seed, label) for row in (STATIC, *WIPED) if label == "LSTM"]
+    trained = [(label, seed) for seed in SEEDS for label in CONTROLLERS if steps_of(label, seed) >= steps]
+    todo += [(row, seed, label) for label, seed in trained for row in (label, SAMPLED.format(label))]
+    todo += [(row, seed, label) for label, seed in trained for row in (STATIC, *WIPED) if label == "LSTM"]
     return [job for job in todo if not evaluated(*job[:2])]
 
 
