@@ -33,6 +33,14 @@ def no_process_is_left():
         process.join()
 
 
+@pytest.fixture(autouse=True)
+def event_files_are_in_order(monkeypatch):
+    """TensorBoard reads a run's files by name; of one second's, the process's tenth would come before its ninth."""
+    from tensorboard.summary.writer import event_file_writer
+
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
+
+
 def path_of(request, original: str) -> Path:
     """The original or, if it was copied from that, the copy."""
     copy = request.config.getoption("--script")
