@@ -12,7 +12,7 @@
     python benchmark/learning.py phantom_go      # 8 minutes
     python benchmark/learning.py worldmodel      # two hours
     python benchmark/learning.py planning        # 25 minutes; planning_settings, planning_pendulum likewise
-    python benchmark/learning.py carracing       # three to five hours
+    python benchmark/learning.py carracing       # four hours
 
 Results: {task}_curves.csv and {task}_final.csv (with versions, commit and machine) in benchmark/results/, written after
 each run, and {task}.png at the end. What is there is not run again, unless with `--again`: a benchmark that was stopped

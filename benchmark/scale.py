@@ -75,10 +75,10 @@ def measure(num_envs: int, lstm_hidden: int, bptt_length: int, torch_threads: in
     with tempfile.TemporaryDirectory() as folder:
         script.train(script.Args(runs_dir=folder, checkpoint_every=0, eval_episodes=1, **flags))
     seconds = started[-1] - started[1]
-    shares = {"environments": spent["environments"], "network": spent["rollout"] - spent["environments"]}
-    shares["update"] = seconds - spent["rollout"]
+    parts = {"environments": spent["environments"], "network": spent["rollout"] - spent["environments"]}
+    parts["update"] = seconds - spent["rollout"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    shares = {name: round(x / seconds, 3) for name, x in shares.items()}
+    shares = {name: round(x / seconds, 3) for name, x in parts.items()}
     return {"sps": round((updates - 1) * batch / seconds), "peak_mb": round(peak)} | shares
 
 

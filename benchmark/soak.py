@@ -20,6 +20,7 @@ before the fault.
 """
 
 import argparse
+import contextlib
 import csv
 import os
 import random
@@ -60,6 +61,12 @@ def descendants(mark: str) -> list[int]:
         except OSError:  # it has just ended, or is another user's
             continue
     return sorted(found)
+
+
+def end(mark: str) -> None:
+    for pid in descendants(mark):
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, signal.SIGKILL)
 
 
 def start(command: list[str], mark: str) -> tuple[subprocess.Popen, list[str]]:
@@ -122,14 +129,12 @@ def visit(label: str, fault: str, folder: Path) -> dict:
         wait_for(lambda: not descendants(mark), 3)
         left, after = len(descendants(mark)), steps_of(folder)
     finally:
-        for pid in descendants(mark):
-            os.kill(pid, signal.SIGKILL)
+        end(mark)
     errors = [line.strip() for line in lines if "rror" in line]
     (run,) = folder.glob("*/")
     process, lines = start([script, "--resume", str(run)], mark)
     resumed = wait_for(lambda: steps_of(folder) > after, 120, process)
-    for pid in descendants(mark):
-        os.kill(pid, signal.SIGKILL)
+    end(mark)
     process.wait()
     expected = SIGNALS.get(fault.split(",")[0], (0, 1))[1]
     row = {"script": label, "fault": fault, "ok": after >= before and code == expected and not left and resumed}

@@ -47,7 +47,7 @@ class Setting(NamedTuple):
     clock: bool  # whether the epoch is observed
 
 
-SETTINGS = {  # in `memory`, nothing tells what was tried before, not even the action before, and trying again is free
+SETTINGS = {  # in `memory`, no observation names what was tried before, nor does the last action; trying again is free
     "plain": Setting(sprout=1, training=3, blending=5, culled=1, embargo=3, unsound=0.3, pace=1.0, clock=True),
     "memory": Setting(sprout=2, training=3, blending=2, culled=2, embargo=0, unsound=0.5, pace=3.0, clock=False),
 }

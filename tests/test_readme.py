@@ -56,12 +56,10 @@ def test_use_it_from_python(script, script_path, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["ppo_lstm_predictor", "ppo_lstm_tamiyo", "sequence_ppo_selfplay", "worldmodel_a2c"])
-def test_commands_are_taken(name, monkeypatch):
+def test_commands_are_taken(name):
     """… by the script, up to paths that stand for others, and environments that other packages bring."""
-    commands, script = (
-        re.findall(rf"^(?:python|torchrun) .*?{name}\.py *(.*)$", PROSE, re.M),
-        importlib.import_module(name),
-    )
+    script = importlib.import_module(name)
+    commands = re.findall(rf"^(?:python|torchrun) .*?{name}\.py *(.*)$", PROSE, re.M)
     assert len(commands) > 4
     for command in commands:
         args = tyro.cli(script.Args, default=script.Args(), args=shlex.split(command, comments=True))
