@@ -69,8 +69,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before NumPy and torch are imported
-import memory
 import numpy as np
+import records
 import torch
 from gymnasium.envs.box2d import lunar_lander
 from scipy.stats import rankdata
@@ -335,7 +335,7 @@ def rows_of(claim: str, job: tuple) -> tuple[tuple, list[dict]]:
 def work(claim: str, jobs: list[tuple], at_once: int, path: Path) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit("stopped; the same command goes on"))
-    about, started = memory.circumstances(sys.executable, ["torch", "gymnasium"]), time.perf_counter()
+    about, started = records.circumstances(), time.perf_counter()
     columns = ["task", "label", "seed", *MEASURES[claim][1], "settings", *about]
     deaf = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
     with multiprocessing.get_context("spawn").Pool(at_once, **deaf) as pool:  # which ends its processes at its end
@@ -344,7 +344,7 @@ def work(claim: str, jobs: list[tuple], at_once: int, path: Path) -> None:
         for i, (job, rows) in enumerate(pool.imap_unordered(partial(rows_of, claim), jobs), start=1):
             task, label, args = job
             rows = [row | about | {"seed": args.seed, "settings": settings_of(args)} for row in rows]
-            memory.replace(path, (task, label, args.seed), columns, rows)
+            records.replace(path, {"task": task, "label": label, "seed": args.seed}, rows, columns)
             minutes = (time.perf_counter() - started) / 60
             print(f"{i} of {len(jobs)}, {minutes:.1f} minutes: {task}, {label}, seed {args.seed}", file=sys.stderr)
 
@@ -367,7 +367,7 @@ def table(claim: str, rows: list[dict]) -> None:
 def said(values: list[float], sign: str = "") -> str:
     if not values:
         return ""
-    mean, half = memory.interval(values)
+    mean, half = records.interval(values)
     digits = 3 if abs(mean) < 2 else 1
     return f"{mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
 
@@ -396,11 +396,11 @@ def main() -> None:
         args = script.Args(exp_name=label, seed=seed, **rest | x | size)
         jobs[settings_of(args)] = task, label, args
     path = results / f"forecast_{claim}.csv"
-    done = {row["settings"] for row in memory.read(path)}
+    done = {row["settings"] for row in records.read(path)}
     todo = [job for key, job in jobs.items() if key not in done]
     if todo and not options.table:
         work(claim, todo, options.jobs, path)
-    table(claim, [row for row in memory.read(path) if row["settings"] in jobs])
+    table(claim, [row for row in records.read(path) if row["settings"] in jobs])
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ Each run appends its skills to benchmark/results/forecast_heads.csv.
 """
 
 import argparse
-import csv
 import math
 import sys
 from pathlib import Path
 
+import records
 import torch
 from torch import nn
 
@@ -83,12 +83,6 @@ args = script.Args(
     eval_episodes=50,
 )
 result = script.train(args)
-row = vars(options) | {name: result[name] for name in result if "skill" in name} | {"sps": result["sps"]}
-path = HERE / "results" / "forecast_heads.csv"
-new = not path.exists()
-with open(path, "a", newline="") as file:
-    writer = csv.DictWriter(file, row)
-    if new:
-        writer.writeheader()
-    writer.writerow(row)
+row = {name: result[name] for name in result if "skill" in name} | {"sps": result["sps"]}
+records.replace(records.RESULTS / "forecast_heads.csv", vars(options), [vars(options) | row | records.circumstances()])
 print(row)

@@ -32,8 +32,8 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import memory
 import numpy as np
+import records
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -196,14 +196,6 @@ def run(label: str, command: str, seed: int, tags: list[str], keep: str | None) 
     return list(rows.values()), {"label": label, "seed": seed, "command": f"python {command}"} | final | cost
 
 
-def write(path: Path, rows: list[dict]) -> None:
-    with open(path.with_suffix(".tmp"), "w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)), restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(path.with_suffix(".tmp"), path)
-
-
 def plot(task: str, title: str, tags: list[str]) -> None:
     """Each seed's curve and the seeds' mean. Returns are averaged over windows of a fiftieth (a tenth) of the run; what
     evaluations measured is plotted as it is, each seed at its own evaluations."""
@@ -259,20 +251,19 @@ def main() -> None:
     paths = [HERE / "results" / f"{args.task}_{name}.csv" for name in ("curves", "final")]
     results, order, lock = [], list(commands), threading.Lock()
     for path in paths:
-        rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-        rows = [row | {"seed": int(row["seed"])} for row in rows]
+        rows = [row | {"seed": int(row["seed"])} for row in records.read(path)]
         rows = [row for row in rows if row["label"] in commands and row["seed"] in seeds]
         results.append([row for row in rows if not (args.again and (row["label"], row["seed"]) in chosen)])
     done = {(row["label"], row["seed"], row["command"].partition(" --seed ")[0]) for row in results[1]}
 
-    about = memory.circumstances(sys.executable, ["torch", "gymnasium"])
+    about = records.circumstances()
 
     def job(label: str, command: str, seed: int) -> None:
         curve, final = run(label, command, seed, tags, args.runs_dir)
         with lock:
             for path, rows, more in zip(paths, results, (curve, [final | about]), strict=True):
                 rows[:] = [row for row in rows if (row["label"], row["seed"]) != (label, seed)] + more
-                write(path, sorted(rows, key=lambda row: (order.index(row["label"]), row["seed"])))
+                records.write(path, sorted(rows, key=lambda row: (order.index(row["label"]), row["seed"])))
 
     left = [x for x in sorted(chosen, key=lambda x: x[::-1]) if (*x, f"python {commands[x[0]]}") not in done]
     with ThreadPoolExecutor(args.jobs) as pool:

@@ -24,12 +24,8 @@ and 16 on other tasks and seeds (sb3_recurrent_ppo.py has the figures). Every ru
 """
 
 import argparse
-import csv
-import fcntl
 import json
 import os
-import platform
-import re
 import signal
 import subprocess
 import sys
@@ -41,7 +37,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import t
+from records import circumstances, interval, read, replace
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from throughput import sb3_python
 
@@ -60,7 +56,7 @@ LABELS = {  # label: (name in picture and table, command)
     "sb3-changed": ("sb3-contrib, lambda .8, previous action", f"{SB3} --gae-lambda 0.8 --previous-action"),
 }
 CHANGED = ["RepeatPrevious", "CartPole", "LunarLander"]  # where sb3-changed runs, unless --labels asks for it
-PACKAGES = ["torch", "gymnasium", "sb3_contrib", "popgym"]
+PACKAGES = ("torch", "gymnasium", "sb3_contrib", "popgym")
 COLUMNS = ["task", "label", "seed", "command", "global_step", "sps", "seconds", "eval_return_mean", "eval_return_std"]
 COLUMNS += ["eval_return_sampled", "eval_return_memoryless", "train_return_mean", *PACKAGES, "commit", "machine"]
 MEASURES = ["eval_return_mean", "eval_return_sampled"]
@@ -75,46 +71,17 @@ def interpreter() -> str:
     return python
 
 
-def circumstances(python: str, packages: list[str] = PACKAGES) -> dict[str, str]:
-    def output(*call: str) -> str:
-        return subprocess.run(call, cwd=HERE.parent, capture_output=True, text=True).stdout.strip()
-
-    versions = output(python, "-c", f"from importlib.metadata import version; print(*map(version, {packages}))").split()
-    changed = "-changed" if output("git", "diff", "--name-only", "HEAD", "--", "*.py") else ""
-    commit = output("git", "rev-parse", "--short", "HEAD") + changed
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = (re.findall(r"model name\s*:\s*(.+)", cpuinfo) or [platform.processor() or platform.machine()])[0]
-    about = {"commit": commit, "machine": f"{cpu}, {os.cpu_count()} cores"}
-    return dict(zip(packages, versions, strict=True)) | about
-
-
 # --- files
-def read(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-
-
 def job_of(row: dict) -> tuple[str, str, int]:
     return row["task"], row["label"], int(row["seed"])
 
 
-def replace(path: Path, job: tuple, columns: list[str], rows: list[dict]) -> None:
-    """Gives a job these rows instead of those it has. Others may do so at once; a kill leaves the old file."""
-    folder = os.open(path.parent, os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX)
-    rows = [row for row in read(path) if job_of(row) != job] + rows
-    with open(path.with_suffix(".tmp"), "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(path.with_suffix(".tmp"), path)
-    os.close(folder)  # which ends the lock
-
-
 def store(folder: Path, job: tuple, row: dict | None, curve: list[tuple]) -> None:
     """The results of a job; without a row, it is no longer done."""
-    columns = ["task", "label", "seed", "global_step", "return"]
-    replace(folder / "memory_curves.csv", job, columns, [dict(zip(columns, (*job, *x), strict=True)) for x in curve])
-    replace(folder / "memory.csv", job, COLUMNS, [dict(zip(columns, job, strict=False)) | row] if row else [])
+    job = dict(zip(("task", "label", "seed"), job, strict=True))
+    points = [job | {"global_step": step, "return": value} for step, value in curve]
+    replace(folder / "memory_curves.csv", job, points, [*job, "global_step", "return"])
+    replace(folder / "memory.csv", job, [job | row] if row else [], COLUMNS)
 
 
 # --- runs
@@ -124,7 +91,7 @@ class Run:
     def __init__(self, job: tuple, command: str, python: str, folder: Path):
         folder.mkdir()
         self.job, self.folder, self.started = job, folder, time.perf_counter()
-        self.about = {"command": f"python {command}"} | circumstances(python)
+        self.about = {"command": f"python {command}"} | circumstances(PACKAGES, python)
         call = [python, *command.split(), *([] if "sb3" in command else ["--runs-dir", str(folder)])]
         env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
@@ -193,17 +160,6 @@ def plot(results: Path) -> None:
     figure.supylabel("return of training episodes (thin: each seed)")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=len(LABELS))
     figure.savefig(results / "memory.png", dpi=100)
-
-
-def interval(*samples: list[float]) -> tuple[float, float]:
-    """Mean of a sample, or the first one's minus the second one's, and half of its 95% interval: Student's t, with
-    Welch's degrees of freedom for two; NaN if there is but one value."""
-    sizes, means = np.array([len(x) for x in samples]), [np.mean(x) for x in samples]
-    if min(sizes) < 2:
-        return means[0] - sum(means[1:]), np.nan
-    parts = np.array([np.var(x, ddof=1) for x in samples]) / sizes
-    freedom = parts.sum() ** 2 / (parts**2 / (sizes - 1)).sum() if parts.any() else 1.0
-    return means[0] - sum(means[1:]), t.ppf(0.975, freedom) * parts.sum() ** 0.5
 
 
 def table(results: Path) -> None:

@@ -4,11 +4,10 @@ not show: RepeatPrevious with two decks of cards, and LunarLander with less grav
     python benchmark/memory_settings.py           # 40 minutes on two idle cores; needs popgym
     python benchmark/memory_settings.py --table   # of the runs that are there
 
-Each run appends a row to benchmark/results/memory_settings.csv; runs that are there are not run again.
+Each run writes a row into benchmark/results/memory_settings.csv; runs that are there are not run again.
 """
 
 import argparse
-import csv
 import subprocess
 import sys
 import tempfile
@@ -16,10 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean
 
+import records
 import torch
 
 HERE = Path(__file__).parent
-PATH = HERE / "results" / "memory_settings.csv"
+PATH = records.RESULTS / "memory_settings.csv"
 sys.path.insert(0, str(HERE.parent))
 import ppo_lstm_predictor as script  # noqa: E402
 
@@ -88,22 +88,14 @@ def run(task: str, variant: str, seed: int) -> None:
     rest = {"predictor": False, "checkpoint_every": 0, "eval_episodes": 100, "exp_name": variant, "seed": seed}
     with tempfile.TemporaryDirectory() as folder:
         result = script.train(script.Args(**rest | TASKS[task] | VARIANTS[variant], runs_dir=folder))
-    row = {"task": task, "variant": variant, "seed": seed}
-    row |= {name: result[name] for name in ("train_return_mean", "eval_return_mean", "eval_return_sampled", "sps")}
-    new = not PATH.exists()
-    with open(PATH, "a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        writer.writeheader() if new else None
-        writer.writerow(row)
-
-
-def read() -> list[dict[str, str]]:
-    return list(csv.DictReader(PATH.read_text().splitlines())) if PATH.exists() else []
+    job = {"task": task, "variant": variant, "seed": seed}
+    figures = {name: result[name] for name in ("train_return_mean", "eval_return_mean", "eval_return_sampled", "sps")}
+    records.replace(PATH, job, [job | figures | records.circumstances()])
 
 
 def table() -> None:
     """Means over seeds: likeliest / sampled actions."""
-    rows = read()
+    rows = records.read(PATH)
     print(f"| | {' | '.join(TASKS)} |\n|---|---|---|")
     for variant in VARIANTS:
         cells = []
@@ -126,7 +118,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.run:
         return run(*args.run[:2], int(args.run[2]))
-    done = {(row["task"], row["variant"], row["seed"]) for row in read()}
+    done = {(row["task"], row["variant"], row["seed"]) for row in records.read(PATH)}
     jobs = [(task, variant, str(seed)) for seed in args.seeds for variant in args.variants for task in args.tasks]
     jobs = [] if args.table else [job for job in jobs if job not in done]
     with ThreadPoolExecutor(args.jobs) as pool:

@@ -9,8 +9,6 @@ into stepping environments, into the rest of the rollout (the network), and into
 With a CUDA device, the script takes it.
 """
 
-import argparse
-import csv
 import json
 import os
 import resource
@@ -20,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import memory
+import records
 import torch
 from matplotlib.figure import Figure
 
@@ -95,7 +93,7 @@ def run(settings: dict) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = records.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--settings", nargs="+", default=list(SWEEPS), choices=list(SWEEPS))
     parser.add_argument("--out", type=Path, default=HERE / "results" / "scale.csv")
@@ -107,17 +105,15 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(result))
         return
-    about, rows = memory.circumstances(sys.executable, ["torch"]), []
+    records.refuse(parser, args, args.out)
+    about, rows = records.circumstances(("torch",)), []
     about["machine"] += f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
     for i in range(args.rounds):
         for setting in args.settings:
             for value in SWEEPS[setting]:
                 rows.append({"setting": setting, "value": value, "round": i} | run(DEFAULTS | {setting: value}) | about)
                 print("| " + " | ".join(str(rows[-1][name]) for name in COLUMNS) + " |", flush=True)
-                with open(args.out, "w", newline="") as file:
-                    writer = csv.DictWriter(file, [*COLUMNS, *about])
-                    writer.writeheader()
-                    writer.writerows(rows)
+                records.write(args.out, rows)
 
 
 if __name__ == "__main__":

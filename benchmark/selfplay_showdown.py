@@ -10,7 +10,6 @@ seeded: no two runs are alike. Writes showdown_curves.csv, showdown_final.csv an
 """
 
 import argparse
-import csv
 import json
 import signal
 import subprocess
@@ -18,8 +17,8 @@ import sys
 from pathlib import Path
 
 import torch
-from learning import write
 from matplotlib.figure import Figure
+from records import circumstances, read, write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 HERE = Path(__file__).parent
@@ -57,10 +56,6 @@ def curves(label: str, run_dir: Path) -> list[dict]:
     return [rows[step] for step in sorted(rows)]
 
 
-def read(path: Path) -> list[dict]:
-    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-
-
 def plot() -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
@@ -90,7 +85,7 @@ def evaluate(label: str, path: Path, opponent: str, against: str, actions: str) 
     name = opponent if opponent in OPPONENTS else "opponent"
     row |= {"battles": 1000} | {column: result[f"{key}_vs_{name}"] for column, key in SCORES.items()}
     print(row, flush=True)
-    write(FINAL, [*read(FINAL), row])
+    write(FINAL, [*read(FINAL), row | circumstances()])
 
 
 def main() -> None:

@@ -6,9 +6,7 @@
 Writes benchmark/results/selfplay_{openspiel,showdown}.csv. Run it on an idle machine.
 """
 
-import argparse
 import asyncio
-import csv
 import logging
 import resource
 import sys
@@ -17,19 +15,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import records
 import torch
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import sequence_ppo_selfplay as selfplay  # noqa: E402
-
-
-def write(name: str, rows: list[dict]) -> None:
-    with open(HERE / "results" / name, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), restval="")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def training(args: selfplay.Args) -> dict[str, float]:
@@ -41,7 +33,7 @@ def training(args: selfplay.Args) -> dict[str, float]:
     return {"games": games, "decisions_per_s": result["sps"], "games_per_s": games / result["seconds"]}
 
 
-def openspiel() -> None:
+def openspiel() -> list[dict]:
     rows = []
     for env_id in ("kuhn_poker", "leduc_poker", "liars_dice", "phantom_ttt"):
         for num_games in (16, 128, 1024, 4096):
@@ -59,7 +51,7 @@ def openspiel() -> None:
             rate = training(selfplay.replace(args, total_timesteps=max(20_000, 30 * num_games)))
             rows.append({"env_id": env_id, "games_at_once": num_games, "random_decisions_per_s": alone} | rate)
             print(rows[-1], flush=True)
-    write("selfplay_openspiel.csv", rows)
+    return rows
 
 
 def random_battles(num_envs: int, num_battles: int) -> float:
@@ -133,7 +125,7 @@ def showdown_training(num_envs: int, num_battles: int) -> dict[str, float]:
     return rate | {f"cpu_{name}_per_battle": seconds / battles for name, seconds in cpu.items()}
 
 
-def showdown() -> None:
+def showdown() -> list[dict]:
     rows = []
     for num_envs, num_battles in ((1, 40), (10, 200), (25, 400), (50, 400)):
         row = {"battles_at_once": num_envs, "random_battles_per_s": random_battles(num_envs, num_battles)}
@@ -141,10 +133,14 @@ def showdown() -> None:
         row["ratio"] = row["games_per_s"] / row["random_battles_per_s"]
         rows.append(row)
         print(row, flush=True)
-    write("selfplay_showdown.csv", rows)
+    return rows
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = records.parser(__doc__)
     parser.add_argument("task", choices=("openspiel", "showdown"))
-    {"openspiel": openspiel, "showdown": showdown}[parser.parse_args().task]()
+    args = parser.parse_args()
+    path = records.RESULTS / f"selfplay_{args.task}.csv"
+    records.refuse(parser, args, path)
+    rows, about = {"openspiel": openspiel, "showdown": showdown}[args.task](), records.circumstances()
+    records.write(path, [row | about for row in rows])

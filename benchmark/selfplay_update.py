@@ -8,14 +8,13 @@ All give the same gradient, which is checked to 1e-5 of its norm. `python benchm
 ratios and writes benchmark/results/selfplay_update.csv.
 """
 
-import argparse
-import csv
 import statistics
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import records
 import torch
 
 HERE = Path(__file__).parent
@@ -76,9 +75,10 @@ def steps(agent, data, targets, args) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = records.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    rounds = parser.parse_args().rounds
+    args, path = parser.parse_args(), records.RESULTS / "selfplay_update.csv"
+    records.refuse(parser, args, path)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     leduc_args = selfplay.Args(num_envs=1024, games_per_update=1024)
@@ -92,7 +92,7 @@ def main() -> None:
     rows = []
     for task, (data, agent, args) in tasks.items():
         targets = selfplay.make_targets(agent, agent.policy, data, selfplay.spans(data.sequence), args)
-        for round in range(rounds):
+        for i in range(args.rounds):
             seconds, expected = {}, None
             for way in (batched, sequences, steps):
                 agent.zero_grad()
@@ -101,11 +101,8 @@ def main() -> None:
                 seconds[way.__name__] = time.perf_counter() - started
                 expected = gradient(agent) if expected is None else expected
                 assert (gradient(agent) - expected).norm() < 1e-5 * expected.norm(), way.__name__
-            rows.append({"task": task, "round": round, "decisions": len(data.action)} | seconds)
-    with open(HERE / "results" / "selfplay_update.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+            rows.append({"task": task, "round": i, "decisions": len(data.action)} | seconds)
+    records.write(path, rows)
     for task in tasks:
         for way in ("sequences", "steps"):
             ratios = [row[way] / row["batched"] for row in rows if row["task"] == task]

@@ -19,9 +19,7 @@ memory_mb_first, memory_mb, open_files_first, open_files are those of the proces
 before the fault.
 """
 
-import argparse
 import contextlib
-import csv
 import os
 import random
 import resource
@@ -34,6 +32,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import records
 import torch
 
 HERE = Path(__file__).parent
@@ -144,26 +143,24 @@ def visit(label: str, fault: str, folder: Path) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = records.parser(__doc__)
     parser.add_argument("--minutes", type=float, default=30, help="the last visit may end later")
     parser.add_argument("--scripts", nargs="+", choices=SCRIPTS, default=list(SCRIPTS))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "soak.csv")
     args = parser.parse_args()
+    records.refuse(parser, args, args.out)
     random.seed(args.seed)
-    until, rows, number = time.monotonic() + 60 * args.minutes, [], 0
+    about, until, rows, number = records.circumstances(), time.monotonic() + 60 * args.minutes, [], 0
     while time.monotonic() < until:
         for label in args.scripts:
             faults = [*FAULTS, *MORE.get(label, [])]
             fault = QUIET if number == 0 else faults[(number - 1) % len(faults)]
             if time.monotonic() < until:
                 with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-                    rows.append(visit(label, fault, Path(folder)))
-                print(rows[-1], flush=True)
-                with open(args.out, "w", newline="") as file:
-                    writer = csv.DictWriter(file, rows[0])
-                    writer.writeheader()
-                    writer.writerows(rows)
+                    rows.append(visit(label, fault, Path(folder)) | {"seed": args.seed} | about)
+                print(dict(list(rows[-1].items())[:11]), flush=True)
+                records.write(args.out, rows)
         number += 1
     print(f"{sum(row['ok'] for row in rows)} of {len(rows)} visits ok")
 

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import records
 import torch
 from matplotlib.figure import Figure
 from scipy.stats import t as student
@@ -219,7 +220,8 @@ def evaluate_one(job: tuple[str, int, str]) -> None:
     path = place(RESULTS, row, seed)
     path.parent.mkdir(exist_ok=True)
     with open(path.with_suffix(".tmp"), "wb") as file:
-        np.savez_compressed(file, label=row, seed=seed, rule=repr(BEST[setting].get(row)), **figures)
+        about = {"label": row, "seed": seed, "rule": repr(BEST[setting].get(row))} | records.circumstances()
+        np.savez_compressed(file, **about, **figures)
     path.with_suffix(".tmp").replace(path.with_suffix(".npz"))
     accuracy = info["test_accuracy"].mean()
     print(f"{row}, seed {seed}: return {info['returns'].mean():.3f}, accuracy {accuracy:.4f}", flush=True)

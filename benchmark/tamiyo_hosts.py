@@ -3,7 +3,6 @@
 python benchmark/tamiyo_hosts.py        # results/tamiyo_hosts_speed.csv; one thread, ways in turn, medians of 3 rounds
 """
 
-import csv
 import json
 import statistics
 import subprocess
@@ -13,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import records
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -78,6 +78,8 @@ def training(*flags: str, num_envs: int = 64) -> float:
 
 
 def main() -> None:
+    parser, path = records.parser(__doc__), records.RESULTS / "tamiyo_hosts_speed.csv"
+    records.refuse(parser, parser.parse_args(), path)
     torch.set_num_threads(1)
     ways = {"plain torch modules, bare": plain}
     for num_envs in (1, 4, 16, 64, 128):
@@ -90,12 +92,12 @@ def main() -> None:
     for _ in range(3):
         for name, way in ways.items():
             figures[name].append(way())
-    with open(HERE / "results" / "tamiyo_hosts_speed.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["way", "median", *(f"round {i + 1}" for i in range(3))])
-        for name, values in figures.items():
-            writer.writerow([name, *(f"{x:.1f}" for x in [statistics.median(values), *values])])
-            print(name, f"{statistics.median(values):.1f}", flush=True)
+    rows, about, columns = [], records.circumstances(), ["way", "median", *(f"round {i + 1}" for i in range(3))]
+    for name, values in figures.items():
+        row = [name, *(f"{x:.1f}" for x in [statistics.median(values), *values])]
+        rows.append(dict(zip(columns, row, strict=True)) | about)
+        print(*row[:2])
+    records.write(path, rows)
 
 
 if __name__ == "__main__":

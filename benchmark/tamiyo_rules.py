@@ -10,14 +10,13 @@ of a small family on hosts that no evaluation uses:
     python benchmark/tamiyo_rules.py --setting memory
 """
 
-import argparse
-import csv
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import records
 import torch
 from gymnasium.spaces import Discrete
 
@@ -183,9 +182,11 @@ def family(setting: str) -> dict[tuple[str, str], Rule]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = records.parser(__doc__)
     parser.add_argument("--setting", default="plain", choices=list(SETTINGS))
-    setting = parser.parse_args().setting
+    args = parser.parse_args()
+    setting, path = args.setting, records.RESULTS / f"tamiyo_rules_{args.setting}.csv"
+    records.refuse(parser, args, path)
     torch.set_num_threads(1)
     found = {key: played(rule, SEEDS, {"setting": setting})[0]["returns"] for key, rule in family(setting).items()}
     singles = [key for key in found if key[0] == "plan"]
@@ -195,11 +196,11 @@ def main() -> None:
             both = plan(((int(epoch), BLUEPRINTS.index(blueprint)), (0, second)))
             info, _ = played(both, SEEDS, {"setting": setting})
             found["plan", f"{first}, then {BLUEPRINTS[second]}"] = info["returns"]
-    with open(HERE / "results" / f"tamiyo_rules_{setting}.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["kind", "rule", "return", "standard error"])
-        for (kind, name), returns in sorted(found.items(), key=lambda entry: -entry[1].mean()):
-            writer.writerow([kind, name, f"{returns.mean():.4f}", f"{returns.std() / len(SEEDS) ** 0.5:.4f}"])
+    rows, about = [], records.circumstances()
+    for (kind, name), returns in sorted(found.items(), key=lambda entry: -entry[1].mean()):
+        figures = {"return": f"{returns.mean():.4f}", "standard error": f"{returns.std() / len(SEEDS) ** 0.5:.4f}"}
+        rows.append({"kind": kind, "rule": name} | figures | about)
+    records.write(path, rows)
 
 
 if __name__ == "__main__":

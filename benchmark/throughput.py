@@ -8,8 +8,6 @@ The first run installs sb3-contrib into benchmark/.venv-sb3 from requirements-ri
 predictor_cost.csv in benchmark/results/.
 """
 
-import argparse
-import csv
 import json
 import math
 import resource
@@ -20,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import records
 import torch
 
 HERE = Path(__file__).parent
@@ -115,15 +114,14 @@ def run(subject: str) -> dict:
 
 def compare(subjects: list[str], reference: str, rounds: int, path: Path) -> None:
     """Runs the subjects in turn, writes every run to a CSV file, prints medians and ratios to the reference."""
-    rows = []
+    rows, about = [], records.circumstances()
     for i in range(rounds):
         for subject in subjects:
-            rows.append({"round": i, "subject": subject, "peak_mb": math.nan} | run(subject))
+            figures = run(subject)
+            kept = {"sps": figures["sps"], "peak_mb": figures.get("peak_mb", math.nan)}
+            rows.append({"round": i, "subject": subject} | kept | about)
             print(f"round {i + 1}: {subject} {rows[-1]['sps']:.0f} steps/s", file=sys.stderr)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, ["round", "subject", "sps", "peak_mb"], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    records.write(path, rows)
     of = {subject: [row for row in rows if row["subject"] == subject] for subject in subjects}
     print(f"| subject | steps/s | {reference} / it | peak MB |\n|---|---|---|---|")
     for subject in subjects:
@@ -134,7 +132,7 @@ def compare(subjects: list[str], reference: str, rounds: int, path: Path) -> Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = records.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--subject", choices=SUBJECTS, help="measure this one alone and print JSON")
     args = parser.parse_args()
@@ -142,10 +140,11 @@ def main() -> None:
         torch.set_num_threads(1)
         print(json.dumps(SUBJECTS[args.subject]()))
         return
-    results = HERE / "results"
-    compare(["script", "sb3-contrib", "loop", "floor"], "script", args.rounds, results / "throughput.csv")
+    rivals, cost = records.RESULTS / "throughput.csv", records.RESULTS / "predictor_cost.csv"
+    records.refuse(parser, args, rivals, cost)
+    compare(["script", "sb3-contrib", "loop", "floor"], "script", args.rounds, rivals)
     predictors = [subject for subject in SUBJECTS if subject.startswith("predictor")]
-    compare(predictors, "predictor off", args.rounds, results / "predictor_cost.csv")
+    compare(predictors, "predictor off", args.rounds, cost)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ with plans, whole training, and the KV cache against recomputing what each step 
 Figures are steps per second of one thread, interleaved in one run; their ratios are what matters.
 """
 
-import csv
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import records
 import torch
 
 HERE = Path(__file__).parent
@@ -78,6 +78,8 @@ MEASURED = {
 
 
 def main() -> None:
+    parser, path = records.parser(__doc__), records.RESULTS / "worldmodel_speed.csv"
+    records.refuse(parser, parser.parse_args(), path)
     torch.set_num_threads(1)
     trained = {"training without plans": False, "training with plans": True}
     speeds = {name: [] for name in (*MEASURED, *trained)}
@@ -88,13 +90,12 @@ def main() -> None:
             speeds[name].append(steps / (time.perf_counter() - started))
         for name, planning in trained.items():
             speeds[name].append(training(planning))
-    with open(HERE / "results" / "worldmodel_speed.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["what", "steps per second, median", "lowest", "highest"])
-        for name, values in speeds.items():
-            row = [name, *(f"{value:.0f}" for value in (np.median(values), min(values), max(values)))]
-            writer.writerow(row)
-            print(*row, sep=", ")
+    rows, about, columns = [], records.circumstances(), ("what", "steps per second, median", "lowest", "highest")
+    for name, values in speeds.items():
+        row = [name, *(f"{value:.0f}" for value in (np.median(values), min(values), max(values)))]
+        rows.append(dict(zip(columns, row, strict=True)) | about)
+        print(*row, sep=", ")
+    records.write(path, rows)
 
 
 if __name__ == "__main__":

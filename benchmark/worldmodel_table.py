@@ -7,26 +7,18 @@ Intervals are 95%, Student's t over seeds; in brackets the differences from the 
 returns are those of as many steps from a run's first episode on as all runs have: of a run in stages, its last stage.
 """
 
-import csv
+import argparse
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
+import records
 from learning import TASKS
-from scipy.stats import t
-
-RESULTS = Path(__file__).parent / "results"
 
 
-def interval(values: np.ndarray, digits: int = 0, sign: str = "") -> str:
+def said(values: list[float], sign: str = "") -> str:
     """Mean and half the width of its interval; only the mean if the seeds agree or there is one."""
-    mean, count = np.mean(values), len(values)
-    half = t.ppf(0.975, count - 1) * np.std(values, ddof=1) / count**0.5 if count > 1 else 0.0
-    return f"{mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if half >= 0.5 * 10**-digits else "")
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.read_text().splitlines()))
+    mean, half = records.interval(values)
+    return f"{mean:{sign}.0f}" + (f" ± {half:.0f}" if half >= 0.5 else "")
 
 
 def steps_to(points: list[tuple[float, float]], level: float) -> float:
@@ -41,10 +33,10 @@ def steps_to(points: list[tuple[float, float]], level: float) -> float:
 
 def table(task: str) -> list[str]:
     curves, finals = defaultdict(lambda: defaultdict(list)), defaultdict(dict)
-    for row in read(RESULTS / f"{task}_curves.csv"):
+    for row in records.read(records.RESULTS / f"{task}_curves.csv"):
         point = float(row["global_step"]), float(row["episodic_return"] or "nan")
         curves[row["label"]][int(row["seed"])].append(point)
-    for row in read(RESULTS / f"{task}_final.csv"):
+    for row in records.read(records.RESULTS / f"{task}_final.csv"):
         finals[row["label"]][int(row["seed"])] = row
     first = {(label, seed): points[0][0] for label, seeds in curves.items() for seed, points in seeds.items()}
     span = min(float(finals[label][seed]["global_step"]) - begins for (label, seed), begins in first.items())
@@ -63,10 +55,10 @@ def table(task: str) -> list[str]:
         reached = np.array([steps_to(points, 475) for points in curves[label].values()])
         cells = [label, len(rows)]
         for name in ("eval_return_mean", "eval_return_sampled", "training"):
-            cells.append(interval(np.array([float(row[name]) for row in rows.values()])))
+            cells.append(said([float(row[name]) for row in rows.values()]))
             if label != base:
-                apart = np.array([float(rows[seed][name]) - float(finals[base][seed][name]) for seed in both])
-                cells[-1] += f" ({interval(apart, 0, '+')})"
+                apart = [float(rows[seed][name]) - float(finals[base][seed][name]) for seed in both]
+                cells[-1] += f" ({said(apart, '+')})"
         some = reached[~np.isnan(reached)]
         cells.append(f"{np.median(some):,.0f} ({len(some)} of {len(reached)})" if len(some) else "")
         lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -74,10 +66,11 @@ def table(task: str) -> list[str]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     tasks = [task for task in TASKS if task in ("worldmodel", "carracing") or task.startswith("planning")]
-    done = [task for task in tasks if (RESULTS / f"{task}_final.csv").exists()]
+    done = [task for task in tasks if (records.RESULTS / f"{task}_final.csv").exists()]
     text = "\n\n".join("\n".join(table(task)) for task in done)
-    (RESULTS / "worldmodel_table.md").write_text(text + "\n")
+    (records.RESULTS / "worldmodel_table.md").write_text(text + "\n")
     print(text)
 
 
