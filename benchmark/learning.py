@@ -10,6 +10,7 @@
     python benchmark/learning.py liars_dice      # 20 minutes
     python benchmark/learning.py leduc_ablation  # an hour
     python benchmark/learning.py phantom_go      # 8 minutes
+    python benchmark/learning.py pause           # 20 minutes
     python benchmark/learning.py worldmodel      # two hours
     python benchmark/learning.py planning        # 25 minutes; planning_settings, planning_pendulum likewise
     python benchmark/learning.py carracing       # four hours
@@ -47,6 +48,8 @@ NORMALISED = "--ent-coef 0.05 --ent-coef-final 0.02 --barrier-coef 0.05 --barrie
 GO = 'sequence_ppo_selfplay.py --env-id phantom_go --env-kwargs {"board_size":5} --num-envs 128 --games-per-update 128'
 GO += " --total-timesteps 300000 --hidden-size 128 --checkpoint-every 10 --update-epochs 2 --num-minibatches 2"
 GO += " --gae-lambda 0.95"
+PAUSE = "benchmark/selfplay_pause.py --total-timesteps 5000000 --num-envs 256 --games-per-update 256"
+PAUSE += " --checkpoint-every 50"
 WORLDMODEL = "worldmodel_a2c.py --eval-episodes 100 --checkpoint-every 0"
 A2C = "--update-epochs 1 --num-minibatches 1 --num-steps 8 --no-planning"
 PENDULUM = "worldmodel_a2c.py --env-id Pendulum-v1 --checkpoint-every 0 --total-timesteps 30720 --no-anneal-lr"
@@ -114,6 +117,16 @@ TASKS = {  # task: (seeds, title, {label: command}), and what is plotted if not 
             "no memory (--no-recurrent)": f"{GO} --no-recurrent",
         },
         ["selfplay/payoff_vs_random"],
+    ),
+    "pause": (
+        range(11, 14),
+        "Kuhn poker with a pause of 24 decisions: truncated backpropagation",
+        {
+            "whole games": PAUSE,
+            **{f"{n} decisions": f"{PAUSE} --bptt-length {n}" for n in (20, 10)},
+            "no memory (--no-recurrent)": f"{PAUSE} --no-recurrent",
+        },
+        [EXPLOITABILITY],
     ),
     "worldmodel": (
         range(1, 6),

@@ -1,4 +1,4 @@
-"""benchmark/selfplay_elo.py: ratings of hand-made tables and games."""
+"""benchmark/selfplay_elo.py: ratings of hand-made tables and games; benchmark/selfplay_pause.py is the game it says."""
 
 import sys
 from pathlib import Path
@@ -9,6 +9,9 @@ from toy_games import ToyGames
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmark"))
 import selfplay_elo
+import selfplay_pause
+
+import sequence_ppo_selfplay as selfplay
 
 
 def test_elo_of_a_hand_made_table():
@@ -26,3 +29,31 @@ def test_a_round_robin_credits_the_winner():
     games, rng = ToyGames(3, [(1, 1)]), torch.Generator().manual_seed(0)
     ratings = selfplay_elo.round_robin(games, ["random", "always_last"], 9, rng)
     assert abs(ratings[0] - ratings[1] - 400 * np.log10(7.5 / 1.5)) < 1e-6  # 6 wins and 3 draws of 9
+
+
+def test_after_a_pause_in_which_the_card_is_seen_once_kuhn_poker_is_played():
+    args = selfplay.Args(env_id="kuhn_poker", hidden_size=8)
+    games = selfplay_pause.KuhnWithPause(7, 0)
+    agent, rng = selfplay.Agent(games, args), torch.Generator().manual_seed(0)
+    torch.nn.init.normal_(agent.policy.head.weight, generator=rng)
+    payoffs, data, _ = selfplay.play(games, [(agent.policy, agent.policy)] * 60, rng, agent.policy)
+    tables, pause = selfplay.policy_tables(agent.policy, games.levels, 2), selfplay_pause.PAUSE
+    seen = {}  # of each sequence: card and betting
+    for first, length in zip(*(x.tolist() for x in selfplay.spans(data.sequence)), strict=True):
+        rows, parent, action = slice(first, first + length), -1, -1
+        obs, mask = data.obs[rows].numpy(), data.action_mask[rows]
+        assert pause < length <= pause + 2 and mask[:pause].tolist() == [[True, False]] * pause and mask[pause:].all()
+        assert obs[0, 2:5].sum() == 1 and not obs[1:, 2:5].any() and not data.unseen[rows][1:, 2:5].any()
+        for step, level in enumerate(games.levels[:length]):  # what is seen leads to one row of the tables
+            same = (level.parent == parent) & (level.action == action) & (level.obs == obs[step, :-2]).all(1)
+            (parent,), action = np.flatnonzero(same), int(data.action[rows][step])
+            assert abs(data.logprob[rows][step].exp() - tables[step][parent, action]) < 1e-6
+        seen[int(data.sequence[first])] = obs[0, 2:5].argmax(), data.action[rows][pause:].tolist()
+    assert len(seen) == 120
+    won = []
+    for game in range(60):
+        (mine, first), (theirs, second) = seen[2 * game], seen[2 * game + 1]
+        folded = (1 if first == [1] else 0) if first[-1] != second[-1] else None
+        higher = 1 if mine > theirs else -1
+        won.append((-1 if folded == 0 else 1) if folded is not None else higher * (1 + first[-1]))
+    assert sorted(won) == sorted(payoffs[:, 0].tolist()) and (payoffs.sum(1) == 0).all() and len(set(won)) == 4
