@@ -1,5 +1,9 @@
 """environments/flycraft.py against the package itself. Skipped where requirements-envs.txt is not installed."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -45,6 +49,31 @@ def test_observations_are_the_packages_with_angles_as_sine_and_cosine(capsys):
             obs, _ = env.reset()
     printed = capsys.readouterr()
     assert not printed.out and not printed.err
+
+
+def test_faster_steps_are_the_package_s_to_the_last_bit():
+    """What importing environments.flycraft changes in the package, against a process in which it is not imported."""
+    code = """
+import hashlib, sys
+import numpy as np
+if "changed" in sys.argv:
+    import environments.flycraft
+from flycraft.env import FlyCraftEnv
+env, rng, steps = FlyCraftEnv(custom_config={"debug_mode": False}), np.random.default_rng(0), []
+for seed in range(12):
+    obs, done = env.reset(seed=seed)[0], False
+    while not done:
+        action = np.array([0, 1, 0.5]) + rng.normal(size=3) * ([20, 1, 0.2] if seed % 2 else [1, 0.1, 0.1])
+        obs, reward, terminated, truncated, info = env.step(action)
+        done = terminated or truncated
+        state = np.array([*info["plane_state"].values(), *info["plane_next_state"].values()])
+        steps.append(np.concatenate((*obs.values(), state, [reward, terminated, truncated, info["is_success"]])))
+print(len(steps), hashlib.sha256(np.array(steps).tobytes()).hexdigest())
+"""
+    root = Path(__file__).parents[1]
+    calls = [[sys.executable, "-c", code, *how] for how in ([], ["changed"])]
+    ends = [subprocess.run(x, cwd=root, capture_output=True, text=True, check=True).stdout.split()[-2:] for x in calls]
+    assert ends[0] == ends[1] and int(ends[0][0]) > 1000
 
 
 def test_a_timeout_truncates_and_does_not_terminate():
