@@ -1,12 +1,12 @@
 """Learning curves: runs each command of a task over its seeds, writes curves and evaluations to CSV and plots them.
 
-    python benchmark/learning.py cartpole        # 3 minutes
+    python benchmark/learning.py cartpole        # 5 minutes
     python benchmark/learning.py bptt            # 3 minutes
-    python benchmark/learning.py lander          # 5 minutes
+    python benchmark/learning.py lander          # 10 minutes
     python benchmark/learning.py flycraft        # 10 minutes; needs requirements-envs.txt
     python benchmark/learning.py kuhn            # 15 minutes
     python benchmark/learning.py leduc           # 12 minutes
-    python benchmark/learning.py leduc_long      # 15 minutes
+    python benchmark/learning.py leduc_long      # 25 minutes
     python benchmark/learning.py liars_dice      # 20 minutes
     python benchmark/learning.py leduc_ablation  # an hour
     python benchmark/learning.py phantom_go      # 8 minutes
@@ -16,8 +16,8 @@
     python benchmark/learning.py carracing       # four hours
 
 Results: {task}_curves.csv and {task}_final.csv (with versions, commit and machine) in benchmark/results/, written after
-each run, and {task}.png at the end. What is there is not run again, unless with `--again`: a benchmark that was stopped
-goes on where it was. Results of labels and seeds that the task no longer has are dropped.
+each run, and {task}.png at the end. What is there is not run again: a benchmark that was stopped goes on where it was.
+With `--again` it is, and results of labels and seeds that the task no longer has are dropped.
 """
 
 import argparse
@@ -260,14 +260,17 @@ def main() -> None:
     tags = tags[0] if tags else [RETURN]
     if unknown := set(args.labels or ()) - commands.keys():
         parser.error(f"no such label: {', '.join(unknown)}; there are {', '.join(commands)}")
-    chosen = {(label, seed) for label in args.labels or commands for seed in seeds}
+    today = {(label, seed): f"python {command}" for label, command in commands.items() for seed in seeds}
+    chosen = {(label, seed) for label, seed in today if label in (args.labels or commands)}
     paths = [HERE / "results" / f"{args.task}_{name}.csv" for name in ("curves", "final")]
     results, order, lock = [], list(commands), threading.Lock()
     for path in paths:
         rows = [row | {"seed": int(row["seed"])} for row in records.read(path)]
-        rows = [row for row in rows if row["label"] in commands and row["seed"] in seeds]
-        results.append([row for row in rows if not (args.again and (row["label"], row["seed"]) in chosen)])
-    done = {(row["label"], row["seed"], row["command"].partition(" --seed ")[0]) for row in results[1]}
+        kept = [row for row in rows if (row["label"], row["seed"]) in today.keys() - chosen]
+        results.append(kept if args.again else rows)
+    done = {(row["label"], row["seed"]): row["command"].partition(" --seed ")[0] for row in results[1]}
+    if old := [x for x in done if x not in today or (x in chosen and done[x] != today[x])]:
+        parser.error(f"done with another command than today's; --again replaces it: {old}")
 
     about = records.circumstances()
 
@@ -278,7 +281,7 @@ def main() -> None:
                 rows[:] = [row for row in rows if (row["label"], row["seed"]) != (label, seed)] + more
                 records.write(path, sorted(rows, key=lambda row: (order.index(row["label"]), row["seed"])))
 
-    left = [x for x in sorted(chosen, key=lambda x: x[::-1]) if (*x, f"python {commands[x[0]]}") not in done]
+    left = sorted(chosen - done.keys(), key=lambda job: job[::-1])
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
             for each in [pool.submit(job, label, commands[label], seed) for label, seed in left]:

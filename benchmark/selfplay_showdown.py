@@ -4,18 +4,19 @@ against each of poke-env's players, and one against the other, with sampled and 
     python benchmark/selfplay_showdown.py                   # an hour and a half on two idle cores
     python benchmark/selfplay_showdown.py --labels LSTM     # a part of it
 
-Whatever stops it, the same command goes on: runs are kept in benchmark/runs/showdown (another training begins when they
-are removed), and battles of theirs that are in showdown_final.csv are not played again. The server's dice cannot be
-seeded: no two runs are alike. Writes showdown_curves.csv, showdown_final.csv and showdown.png to benchmark/results/.
+Whatever stops it, the same command goes on: runs are kept in benchmark/runs/showdown, and battles of theirs that are in
+showdown_final.csv are not played again. Without these runs it takes `--again` to train others in their place. The
+server's dice cannot be seeded: no two runs are alike. Writes showdown_curves.csv, showdown_final.csv and showdown.png
+to benchmark/results/.
 """
 
-import argparse
 import json
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import records
 import torch
 from matplotlib.figure import Figure
 from records import circumstances, read, write
@@ -89,11 +90,14 @@ def evaluate(label: str, path: Path, opponent: str, against: str, actions: str) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = records.parser(__doc__)
     parser.add_argument("--labels", nargs="+", choices=LABELS, default=list(LABELS))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, which ends the script that runs, too
     paths = {}
-    for label in parser.parse_args().labels:
+    args = parser.parse_args()
+    if not all((HERE / "runs" / "showdown" / label.replace(" ", "-")).exists() for label in args.labels):
+        records.refuse(parser, args, CURVES, FINAL)  # results of runs that are not here
+    for label in args.labels:
         paths[label] = train(label)
         write(CURVES, [row for row in read(CURVES) if row["label"] != label] + curves(label, paths[label].parent))
         plot()

@@ -9,7 +9,6 @@ thread, `--jobs` of them at a time, in benchmark/runs/; what each policy made of
 table, in results/tamiyo_{setting}/. Rules are the best of benchmark/tamiyo_rules.py.
 """
 
-import argparse
 import csv
 import json
 import multiprocessing
@@ -180,13 +179,13 @@ def rule_of(label: str, seeds: list[int]) -> rules.Rule:
 POLICIES = ("never grow", "random", "always at once", PLAN, REMEMBERS, LOOKS, TOLD)
 
 
-def evaluations() -> list[tuple[str, int, str]]:
-    """(row of the table, seed, controller) of all that is not evaluated yet."""
+def evaluations(again: bool) -> list[tuple[str, int, str]]:
+    """(row of the table, seed, controller) of all that is not evaluated yet or, if asked for, can be again."""
     todo = [(label, 0, "") for label in POLICIES]
     trained = [(label, seed) for seed in SEEDS for label in CONTROLLERS if steps_of(label, seed) >= steps]
     todo += [(row, seed, label) for label, seed in trained for row in (label, SAMPLED.format(label))]
     todo += [(row, seed, label) for label, seed in trained for row in (STATIC, *WIPED) if label == "LSTM"]
-    return [job for job in todo if not evaluated(*job[:2])]
+    return [job for job in todo if again or not evaluated(*job[:2])]
 
 
 def evaluated(row: str, seed: int) -> bool:
@@ -358,9 +357,9 @@ def table(draws: int = 2000) -> None:
 
 
 def curves(trained: dict[str, dict[int, dict]], rule: float) -> list[str]:
-    """Plots the returns of training episodes, mean and range over seeds, and tells when they pass the
-    best rule's."""
-    lines, rows, figure = [], [], Figure(figsize=(7, 4), layout="constrained")
+    """Plots the returns of training episodes, five updates' mean, its mean and range over seeds, and tells when it
+    passes the best rule's, and when each seed's passes 70% of that."""
+    lines, rows, passed, figure = [], [], {}, Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
     for i, (label, seeds) in enumerate(trained.items()):
         for seed, entry in seeds.items():
@@ -373,10 +372,16 @@ def curves(trained: dict[str, dict[int, dict]], rule: float) -> list[str]:
         axis.fill_between(hosts, smooth.min(0), smooth.max(0), color=f"C{i}", alpha=0.15, linewidth=0)
         reached = np.flatnonzero(smooth.mean(0) >= rule)
         when = f"after {hosts[reached[0]]:.0f} hosts" if len(reached) else "never"
+        passed[label] = [hosts[np.argmax(curve >= 0.7 * rule)] for curve in smooth if curve.max() >= 0.7 * rule]
+        mean, half = records.interval(passed[label])
         cost = np.mean([entry["seconds"] for entry in seeds.values()])
         lines.append(
-            f"- {label}: the mean return of training episodes passes the best rule's {when}; {cost:.1f} s an update"
+            f"- {label}: the mean return of training episodes passes the best rule's {when}, and 70% of it with "
+            f"{len(passed[label])} of {len(values)} seeds, after {mean:.0f} ± {half:.0f} hosts; {cost:.1f} s an update"
         )
+    if {"LSTM", "MLP"} <= passed.keys():
+        mean, half = records.interval(passed["LSTM"], passed["MLP"])
+        lines.append(f"- hosts until then, LSTM minus MLP: {mean:+.0f} ± {half:.0f}")
     axis.axhline(rule, color="black", linestyle="--", linewidth=1, label=REMEMBERS)
     axis.set(xlabel="hosts trained", ylabel="return of training episodes (0: nothing grown)")
     axis.legend(fontsize="small")
@@ -387,7 +392,7 @@ def curves(trained: dict[str, dict[int, dict]], rule: float) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = records.parser(__doc__)
     parser.add_argument("step", choices=["train", "evaluate", "table"])
     parser.add_argument("--setting", default="plain", choices=list(SETTINGS))
     parser.add_argument("--jobs", type=int, default=2, help="trainings or evaluations at a time")
@@ -405,7 +410,7 @@ def main() -> None:
             list(pool.map(lambda job: train_one(*job), jobs))
     elif args.step == "evaluate":
         with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
-            pool.map(evaluate_one, evaluations(), chunksize=1)
+            pool.map(evaluate_one, evaluations(args.again), chunksize=1)
     else:
         table()
 
