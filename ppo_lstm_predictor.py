@@ -93,7 +93,7 @@ class InputError(Exception):
 
 
 def check(args: Args) -> gym.Env:
-    """A closed environment, to ask for its spaces; InputError for what can be known to fail before any work is done."""
+    """A closed environment, to ask for its spaces; InputError for what can be known to fail before any work."""
     may_be_0 = ["seed", "checkpoint_every", "gamma", "gae_lambda", "clip_coef", "ent_coef", "vf_coef", "bptt_length"]
     at_most = {"gamma": 1, "gae_lambda": 1, "num_minibatches": args.num_envs, "seed": 10**9, "total_timesteps": 10**12}
     for name, x in vars(args).items():
@@ -371,9 +371,8 @@ def ppo_loss(agent: Agent, flat: Rollout, advantages: Tensor, returns: Tensor, i
     real = index[mask]  # [M]
     params, values = agent.unroll(flat.obs[index], flat.state[index[0]], ~mask, flat.action_mask[index])
     logprob, entropy = logprob_entropy(params[mask], flat.action[real], agent.choices)
-    old_logprob, _ = logprob_entropy(flat.params[real], flat.action[real], agent.choices)
-    log_ratio, advantage = logprob - old_logprob, advantages[real]
-    ratio = log_ratio.exp()
+    log_ratio = logprob - logprob_entropy(flat.params[real], flat.action[real], agent.choices)[0]
+    ratio, advantage = log_ratio.exp(), advantages[real]
     policy_loss = torch.max(-advantage * ratio, -advantage * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef))
     value_loss = 0.5 * (values[mask] - agent.return_stats.normalize(returns[real])) ** 2
     per_step = {  # each [M]
@@ -610,7 +609,7 @@ def train(args: Args) -> dict:
         print(f"playing {args.eval_episodes} episodes three times", file=sys.stderr)
         run_dir, counters = Path(args.evaluate).parent, saved["counters"]
         scores = assess(agent, predictor, args, run_dir / "videos")[0] if rank == 0 else {}
-        return summary(run_dir, env, counters, scores) if rank == 0 else {}
+        return summary(run_dir, env, counters, scores) if scores and not signals else {}
     if args.resume:
         counters = load(f"{args.resume}/checkpoint.pt", **parts)["counters"]
         if counters["global_step"] >= args.total_timesteps:

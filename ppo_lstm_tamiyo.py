@@ -58,10 +58,10 @@ class Args:  # the comments are what --help says
     evaluate: str | None = None  # a checkpoint to evaluate, with its arguments unless others are given; no training
     eval_episodes: int = 64  # episodes (hosts) of each evaluation, always the same, and never trained on
     env_id: str = "environments.hosts:Morphogenesis-v0"  # ENVIRONMENT: any Gymnasium id with discrete actions
-    env_kwargs: str = "{}"  # keyword arguments of the environment, as JSON: `{"setting": "memory"}`
+    env_kwargs: str = "{}"  # keyword arguments of `gymnasium.make_vec`, as JSON: `{"setting": "memory"}`
     total_timesteps: int = 64_000  # PPO: epochs of hosts to train for, over all hosts and processes
     learning_rate: float = 1e-3  # Adam's step size
-    num_envs: int = 64  # environments (hosts) of each process, side by side
+    num_envs: int = 64  # environments (hosts) of each process
     num_steps: int = 25  # steps of each environment per rollout; here, an epoch is a step
     anneal_lr: bool = True  # lower the learning rate, and the entropy bonus, linearly to 0
     gamma: float = 1.0  # discount factor
@@ -95,8 +95,8 @@ def check(args: Args) -> VectorEnv:
             raise InputError(f"--{name.replace('_', '-')} must be {least} and at most {most}, not {x}")
     try:
         with closing(make_envs(args, 1)) as envs:
-            space, _ = envs.single_action_space, entry_names(envs.single_observation_space)
-            assert isinstance(space, Discrete), f"no support for {space}"
+            entry_names(envs.single_observation_space)
+            assert isinstance(envs.single_action_space, Discrete), f"no support for {envs.single_action_space}"
             return envs
     except Exception as error:
         raise InputError(f"{args.env_id}: {type(error).__name__}: {' '.join(str(error).split())}") from error
@@ -250,7 +250,7 @@ class Rollout(NamedTuple):
     reward: Tensor  # [T, N]
     terminated: Tensor  # [T, N] bool
     truncated: Tensor  # [T, N] bool
-    next_obs: Tensor  # [T, N, D] the true next observation, the last one of an episode included
+    next_obs: Tensor  # [T, N, D] the true next observation, the last one of an episode included, but for `unseen`
 
 
 class Episode(NamedTuple):
@@ -294,8 +294,8 @@ def play(envs: VectorEnv, agent: Agent, seeds: list[int], sampled: bool = True, 
             final = gym.spaces.flatten(obs_space, infos["final_obs"][n])
             next_obs[n, : len(final)], new[n, len(final) : len(final) + agent.num_actions] = final, 0
             info = infos["final_info"]
-            closing = {name: x[n] for name, x in info.items() if agent.of_hosts and name != "episode"}
-            episodes.append(Episode(n, float(info["episode"]["r"][n]), int(info["episode"]["l"][n]), closing))
+            told = {name: x[n] for name, x in info.items() if agent.of_hosts and name != "episode"}
+            episodes.append(Episode(n, float(info["episode"]["r"][n]), int(info["episode"]["l"][n]), told))
         if not (np.isfinite(new).all() and np.isfinite(next_obs).all() and np.isfinite(reward).all()):
             raise FloatingPointError("an environment returned an observation or a reward that is not finite")
         back = (np.float32(reward), terminated, truncated, next_obs, new)
@@ -516,7 +516,7 @@ def train(args: Args) -> dict:
         print(f"playing {args.eval_episodes} episodes three times", file=sys.stderr)
         run_dir, counters = Path(args.evaluate).parent, saved["counters"]
         scores = assess(agent, args)[0] if rank == 0 else {}
-        return summary(run_dir, counters, scores) if rank == 0 else {}
+        return summary(run_dir, counters, scores) if scores and not signals else {}
     if args.resume:
         counters = load(f"{args.resume}/checkpoint.pt", **parts)["counters"]
         if counters["global_step"] >= args.total_timesteps:

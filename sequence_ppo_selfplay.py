@@ -91,18 +91,16 @@ class Args:  # the comments are what --help says
     ko_coef: float = 0.1  # Showdown only: reward for each foe that faints, and loss for each own Pokémon; winning is 1
     hp_coef: float = 0.1  # Showdown only: the same for hit points, in units of one Pokémon's full ones
     save_replays: bool = False  # Showdown only: with --evaluate, save the battles as HTML beside the checkpoint
-    opponents: str = None  # SELF-PLAY: shares of self (both sides learn), past, random, max_power, heuristic
-    snapshot_every: int = None  # games between snapshots of the policy, the opponents named past
     algorithm: Literal["ppo", "reinforce"] = "ppo"  # PPO: reinforce sets 1 epoch, 1 minibatch, lambda 1
     total_timesteps: int = None  # decisions to train on, over all processes
     learning_rate: float = None  # Adam's step size
-    anneal_lr: bool = True  # in the second half, lower the learning rate, and the reference's, linearly to 0
     num_envs: int = None  # games that each process plays at once
     games_per_update: int = None  # games that each process plays, to their end, between updates
     games_growth: int = None  # factor of the games between updates in the second half
+    anneal_lr: bool = True  # in the second half, lower the learning rate, and the reference's, linearly to 0
     gamma: float = None  # discount factor
     gae_lambda: float = None  # lambda of generalised advantage estimation
-    num_minibatches: int = 8  # minibatches per epoch
+    num_minibatches: int = 8  # minibatches per epoch; at most games_per_update
     update_epochs: int = None  # passes over the games of an update
     norm_adv: bool = None  # normalise each update's advantages, which else are in units of the largest payoff
     clip_coef: float = 0.2  # clip range of the probability ratio
@@ -112,13 +110,15 @@ class Args:  # the comments are what --help says
     barrier_coef_final: float = None  # weight of the log barrier at the end, reached linearly
     ref_kl_coef: float = None  # weight of the KL divergence from policy to reference policy
     ref_rate: float = 0.02  # how far the reference's weights move towards the policy's in each update
-    vf_coef: float = 0.5  # weight of the value loss
+    vf_coef: float = 0.5  # weight of the value loss; values are in units of the game's largest payoff
     max_grad_norm: float = 5.0  # largest norm of the gradient
     target_kl: float | None = None  # stop an update after an epoch whose mean approximate KL exceeds this; None = never
     recurrent: bool = True  # RECURRENCE: off zeroes the LSTM's state before every decision: the same network, no memory
     hidden_size: int = None  # width of the networks
     bptt_length: int = 0  # decisions through which gradients flow; 0 = the whole game, -1 = as many as fit the memory
     memory_mb: int = 500  # memory for what autograd keeps of one chunk, with --bptt-length -1
+    opponents: str = None  # SELF-PLAY: shares of self (both sides learn), past, random, max_power, heuristic
+    snapshot_every: int = None  # games between snapshots of the policy, the opponents named past
 
     def __post_init__(self):
         for name, choices in DEFAULTS.items():
@@ -141,6 +141,7 @@ def check(args: Args) -> None:
     at_most |= {"num_minibatches": args.games_per_update, "snapshot_every": 10**9}
     for name, x in vars(args).items():
         least, most = "0 or more" if name in may_be_0 else "above 0", at_most.get(name, 10**5)
+        least = "-1 or more" if name == "bptt_length" else least
         special = (x == 0 and name in may_be_0) or (name, x) == ("bptt_length", -1)
         if type(x) in (int, float) and not (special or 0 < x <= most):
             raise InputError(f"--{name.replace('_', '-')} must be {least} and at most {most}, not {x}")
@@ -420,7 +421,7 @@ def make_targets(agent: Agent, reference: Net, data: Decisions, pieces: tuple[Te
 
 # --- PPO
 def sequence_loss(
-    agent: Agent, data: Decisions, targets: Targets, index: Tensor, state: Tensor, batch_size: float, args: Args
+    agent: Agent, data: Decisions, targets: Targets, index: Tensor, state: Tensor, average: float, args: Args
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """PPO's clipped loss (eq. 7, 9) of a chunk of sequences, rows `index` [L, B] of the data, that starts from `state`;
     metrics; and the state after it. Both are sums over real decisions divided by how many an average minibatch has, so
@@ -448,15 +449,15 @@ def sequence_loss(
         "approx_kl": ratio - 1 - log_ratio,  # http://joschu.net/blog/kl-approx.html
         "clipfrac": ((ratio - 1).abs() > args.clip_coef).float(),
     }
-    metrics = {name: x.sum() / batch_size for name, x in per_step.items()} | {"padding": (~mask).sum() / batch_size}
+    metrics = {name: x.sum() / average for name, x in per_step.items()} | {"padding": (~mask).sum() / average}
     metrics["ratio_error"] = (ratio - 1).abs().max()
     return metrics.pop("loss"), {name: x.detach() for name, x in metrics.items()}, state
 
 
 def descend(
-    agent: Agent, optimizer: Adam, data: Decisions, targets: Targets, pieces: tuple, batch_size: float, args: Args
+    agent: Agent, optimizer: Adam, data: Decisions, targets: Targets, pieces: tuple, average: float, args: Args
 ) -> dict[str, Tensor]:
-    """A step down the gradient of a minibatch, summed over processes and clipped; gives metrics, or raises if it is not
+    """A step down a minibatch's gradient, summed over processes and clipped; gives metrics, or raises if that is not
     finite. Sequences go through the nets in batches, and these in chunks of `bptt_length` decisions; a chunk goes on
     from the state in which the one before ended, without its gradient, and is backpropagated first (detail 1)."""
     optimizer.zero_grad()
@@ -467,9 +468,9 @@ def descend(
         if length < 0:
             length = longest_chunk(agent, data, targets, index, args)
         for rows in index.split(length):
-            loss, metrics, state = sequence_loss(agent, data, targets, rows, state.detach(), batch_size, args)
+            loss, metrics, state = sequence_loss(agent, data, targets, rows, state.detach(), average, args)
             loss.backward()
-            chunks.append(metrics | {"bptt_length": (rows >= 0).sum() / batch_size * min(length, len(index))})
+            chunks.append(metrics | {"bptt_length": (rows >= 0).sum() / average * min(length, len(index))})
     for weight in agent.parameters():
         all_sum(weight.grad)
     norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm, error_if_nonfinite=True)
@@ -607,7 +608,7 @@ def assess(games, agent: Agent, reference: Net, args: Args) -> dict[str, float]:
     return scores
 
 
-def evaluate(args: Args, device: torch.device) -> dict:
+def evaluate_checkpoint(args: Args, device: torch.device) -> dict:
     """The closing summary of a checkpoint."""
     print(f"playing {args.eval_episodes} games against each opponent", file=sys.stderr)
     run_dir = Path(args.evaluate).parent
@@ -707,12 +708,12 @@ def summary(run_dir: Path, counters: dict, scores: dict) -> dict:
 
 def train(args: Args) -> dict:
     """Trains, evaluates the final weights and returns the closing summary, empty if a signal came first. Raises
-    InputError, before any work, for what cannot be. When rank 0 loses its server, it saves the last whole update; any
-    other exception leaves the last checkpoint as it is."""
+    InputError, before any work, for what cannot be, or when there are fewer sequences than minibatches. When rank 0
+    loses its server, it saves the last whole update; any other exception leaves the last checkpoint as it is."""
     check(args)
     device, rank, world = setup(args)
     if args.evaluate:
-        return evaluate(args, device) if rank == 0 else {}
+        return evaluate_checkpoint(args, device) if rank == 0 else {}
     counters = {"global_step": 0, "seconds": 0.0, "updates": 0, "games": 0, "lost_games": 0, "recent": []}
     if args.resume:
         counters = load(f"{args.resume}/checkpoint.pt")["counters"]
@@ -722,13 +723,13 @@ def train(args: Args) -> dict:
     games = make_games(args, seed)
     bar, writer, stop = None, None, False
     try:
-        eval_games = games if is_showdown(args) else make_games(args, args.seed + EVAL_SEED)
-        torch.manual_seed(args.seed)  # for the weights; whatever is random later draws from a generator
+        eval_games = games if is_showdown(args) else make_games(args, seed)
+        torch.manual_seed(args.seed)  # for the weights; whatever is random later draws from a generator of its own
         agent = Agent(games, args).to(device)
         if args.init_from:
             load(args.init_from, agent=agent)
         reference, rng = frozen(agent.policy), torch.Generator(device).manual_seed(seed)
-        optimizer, pool = Adam(agent.parameters(), eps=1e-8, fused=True), Pool(agent.policy)
+        optimizer, pool = Adam(agent.parameters(), fused=True), Pool(agent.policy)
         parts = {"agent": agent, "reference": reference, "optimizer": optimizer, "pool": pool}
         if args.resume:
             load(f"{args.resume}/checkpoint.pt", **parts)
@@ -756,10 +757,10 @@ def train(args: Args) -> dict:
             data = data._replace(reward=data.reward / games.max_payoff)
             pieces = spans(data.sequence if args.recurrent else torch.arange(len(data.action), device=device))
             targets = make_targets(agent, reference, data, pieces, args)
-            num_steps = float(all_sum(torch.tensor(float(len(data.action)), device=device)))
+            batch_size = float(all_sum(torch.tensor(float(len(data.action)), device=device)))
             if args.norm_adv:
-                advantages = targets.advantages - all_sum(targets.advantages.sum()) / num_steps
-                std = (all_sum(advantages.square().sum()) / num_steps).sqrt()
+                advantages = targets.advantages - all_sum(targets.advantages.sum()) / batch_size
+                std = (all_sum(advantages.square().sum()) / batch_size).sqrt()
                 targets = targets._replace(advantages=advantages / (std + 1e-8))
 
             # --- PPO
@@ -768,7 +769,7 @@ def train(args: Args) -> dict:
                 order = torch.randperm(len(pieces[0]), generator=rng, device=device)
                 for chosen in order.tensor_split(args.num_minibatches):
                     some = pieces[0][chosen], pieces[1][chosen]
-                    log.append(descend(agent, optimizer, data, targets, some, num_steps / args.num_minibatches, now))
+                    log.append(descend(agent, optimizer, data, targets, some, batch_size / args.num_minibatches, now))
                 kl = torch.stack([metrics["approx_kl"] for metrics in log[-args.num_minibatches :]]).mean()
                 if args.target_kl and all_sum(kl) > args.target_kl:
                     break
@@ -780,7 +781,7 @@ def train(args: Args) -> dict:
                 for old, new in zip(reference.parameters(), agent.policy.parameters(), strict=True):
                     old.lerp_(new, now.ref_rate)
             counters["updates"] += 1
-            counters["global_step"] += int(num_steps)
+            counters["global_step"] += int(batch_size)
             counters["games"] += world * len(pairs)
             counters["lost_games"] += int(all_sum(torch.tensor(lost, device=device)))
             counters["seconds"] += time.perf_counter() - started
@@ -799,12 +800,12 @@ def train(args: Args) -> dict:
             counters["sps"] = scalars["charts/SPS"] = counters["global_step"] / counters["seconds"]
             scalars["selfplay/games_per_s"] = counters["games"] / counters["seconds"]
             scalars["charts/learning_rate"] = now.learning_rate
-            scalars["losses/first_ratio_error"] = float(log[0]["ratio_error"])
+            scalars["losses/first_ratio_error"] = world * float(log[0]["ratio_error"])
             if scalars["losses/first_ratio_error"] > 1e-3:
                 bar.write("warning: games and update compute different log-probabilities", file=sys.stderr)
             scalars["selfplay/games"], scalars["selfplay/lost_games"] = counters["games"], counters["lost_games"]
             scalars |= game_scalars(data, targets)
-            bar.update(min(int(num_steps), bar.total - bar.n))
+            bar.update(min(int(batch_size), bar.total - bar.n))
             log_scalars(writer, scalars, counters["global_step"])
             due = done or (args.checkpoint_every and counters["updates"] % args.checkpoint_every == 0)
             if due or stop:

@@ -105,7 +105,7 @@ class InputError(Exception):
 
 
 def check(args: Args) -> gym.Env:
-    """A closed environment, to ask for its spaces; InputError for what can be known to fail before any work is done."""
+    """A closed environment, to ask for its spaces; InputError for what can be known to fail before any work."""
     may_be_0 = ["seed", "checkpoint_every", "gamma", "gae_lambda", "clip_coef", "ent_coef", "vf_coef", "vision_coef"]
     may_be_0 += ["memory_coef", "planning_beta", "model_steps", "distill_coef"]
     at_most = {"gamma": 1, "gae_lambda": 1, "num_minibatches": args.num_envs, "seed": 10**9, "total_timesteps": 10**12}
@@ -326,8 +326,7 @@ class Memory(nn.Module):
     def forward(self, z: Tensor, previous: Tensor, age: Tensor) -> tuple[Tensor, Cache]:
         """Whole sequences: z [B, L, Z], encoded actions before each [B, L, E] (zeros at an episode's start), age [B, L]
         steps since that start (negative: padding) -> h [B, L, W], and the cache of the token behind them."""
-        x = self.latent(z) + self.action(previous)
-        length = x.shape[1]
+        x, length = self.latent(z) + self.action(previous), z.shape[1]
         step = torch.arange(length, device=x.device)
         behind = step[:, None] - step  # [L, L]
         mask = (behind > 0) & (behind < self.context) & (behind <= age[..., None])  # [B, L, L]
@@ -611,21 +610,21 @@ def play(envs: VectorEnv, agent: Agent, args: Args, seed: int, sampled=True, mem
             envs.closed = True
             raise RuntimeError("the process of an environment died") from error
         new, episodes = observed(raw), []
-        final = new.copy()  # the two differ where an episode ends: there, `new` is the first of the next one
+        next_obs = new.copy()  # the two differ where an episode ends: there, `new` is the first of the next one
         for n in np.flatnonzero(terminated | truncated):
             last, info = infos["final_obs"][n], infos["final_info"]["episode"]
-            final[n] = last if agent.vision.image else gym.spaces.flatten(agent.obs_space, last)
+            next_obs[n] = last if agent.vision.image else gym.spaces.flatten(agent.obs_space, last)
             episodes.append(Episode(n, float(info["r"][n]), int(info["l"][n])))
-        if not (np.isfinite(new).all() and np.isfinite(final).all() and np.isfinite(reward).all()):
+        if not (np.isfinite(new).all() and np.isfinite(next_obs).all() and np.isfinite(reward).all()):
             raise FloatingPointError("an environment returned an observation or a reward that is not finite")
-        back = (np.float32(reward), terminated, truncated, final, new)
-        *back, cut, final, new = (torch.from_numpy(x).to(device) for x in back)
+        back = (np.float32(reward), terminated, truncated, next_obs, new)
+        *back, cut, next_obs, new = (torch.from_numpy(x).to(device) for x in back)
         on = ~(back[1] | cut) & memory  # [N] where the episode goes on
         following = new, taken * on[:, None], seen.cache.age * on, masks(infos)
         then = agent.step(*following[:2], Cache(seen.cache.seen, following[2]), following[3])
         next_value = then.value.clone()
         if cut.any():
-            next_value[cut] = agent.step(final[cut], taken[cut], seen.cache.rows(cut)).value
+            next_value[cut] = agent.step(next_obs[cut], taken[cut], seen.cache.rows(cut)).value
         acted = (params, behaviour, planned, action, seen.value, next_value)
         yield Rollout(obs, previous, age, action_mask, *acted, *back, cut), episodes
         (obs, previous, age, action_mask), seen = following, then
@@ -646,7 +645,7 @@ def collect(player: Iterator[tuple], num_steps: int, prefix: int, before: Rollou
     return join(steps, prefix, before), [x for episodes in ended for x in episodes]
 
 
-# --- loss
+# --- A2C
 def look(agent: Agent, batch: Rollout) -> tuple[Rollout, Seen]:
     """The last T rows of sequences [B, R, ...], and what the agent makes of them."""
     prefix = agent.memory.prefix
@@ -685,7 +684,7 @@ def a2c_loss(agent: Agent, batch: Rollout, advantages: Tensor, returns: Tensor, 
         coefficients = {f"{args.stage}_loss": 1.0}
     loss = sum(coefficient * metrics[name] for name, coefficient in coefficients.items())
     metrics["ratio_error"] = (ratio - 1).abs().max()
-    return loss, {f"losses/{name}": x.detach() for name, x in metrics.items()}
+    return loss, {name: x.detach() for name, x in metrics.items()}
 
 
 def memory_loss(agent: Agent, batch: Rollout, seen: Seen) -> Tensor:
@@ -780,7 +779,7 @@ def evaluate(agent: Agent, args: Args, video_dir: Path | None = None, **how) -> 
     """`eval_episodes` episodes, as many of each environment, on seeds not trained on, and the last 300 steps."""
     num_envs = min(args.eval_episodes, args.num_envs)
     left = [len(range(n, args.eval_episodes, num_envs)) for n in range(num_envs)]  # episodes to play
-    steps, episodes, prefix = deque(maxlen=300), [], agent.memory.prefix
+    steps, episodes, prefix = deque(maxlen=300 + agent.memory.prefix), [], agent.memory.prefix
     with closing(make_envs(args, num_envs, video_dir)) as envs:
         for step, ended in play(envs, agent, args, args.seed + 1_000_000_000, **how):
             steps.append(step)
@@ -910,7 +909,7 @@ def train(args: Args) -> dict:
         print(f"playing {args.eval_episodes} episodes three times", file=sys.stderr)
         run_dir, counters = Path(args.evaluate).parent, saved["counters"]
         scores = assess(agent, args, run_dir / "videos")[0] if rank == 0 else {}
-        return summary(run_dir, env, counters, scores) if rank == 0 else {}
+        return summary(run_dir, env, counters, scores) if scores and not signals else {}
     if args.resume:
         counters = load(f"{args.resume}/checkpoint.pt", **parts)["counters"]
         if counters["global_step"] >= args.total_timesteps:
@@ -935,8 +934,8 @@ def train(args: Args) -> dict:
             beta = agent.beta(args) if planning else 0.0
             rollout, episodes = collect(player, args.num_steps, prefix, rollout)
             own = Rollout(*(x[prefix:] for x in rollout))  # [T, N]
-            values, next_values = map(agent.return_stats.denormalize, (own.value, own.next_value))
-            advantages, returns = gae(own.reward, values, next_values, *own[-2:], args.gamma, args.gae_lambda)
+            values, values_after = map(agent.return_stats.denormalize, (own.value, own.next_value))
+            advantages, returns = gae(own.reward, values, values_after, *own[-2:], args.gamma, args.gae_lambda)
             centred = advantages - all_mean(advantages.mean())
             normal = centred / (all_mean(centred.square().mean()).sqrt() + 1e-8)
             advantages = normal if args.norm_adv else advantages
@@ -951,8 +950,8 @@ def train(args: Args) -> dict:
                 for chosen in order.tensor_split(args.num_minibatches):
                     *batch, adv, ret = (x[:, chosen].transpose(0, 1) for x in (*rollout, advantages, returns))
                     loss, metrics = a2c_loss(agent, Rollout(*batch), adv, ret, min(1.0, beta * spread), args)
-                    log.append(metrics | {"losses/grad_norm": descend(loss, optimizer, args.max_grad_norm)})
-                kl = torch.stack([metrics["losses/approx_kl"] for metrics in log[-args.num_minibatches :]]).mean()
+                    log.append(metrics | {"grad_norm": descend(loss, optimizer, args.max_grad_norm)})
+                kl = torch.stack([metrics["approx_kl"] for metrics in log[-args.num_minibatches :]]).mean()
                 if args.target_kl and all_mean(kl) > args.target_kl:
                     break
             past += [rollout] * bool(planning and args.model_steps)
@@ -963,7 +962,8 @@ def train(args: Args) -> dict:
                     with torch.no_grad():
                         old, seen = look(agent, Rollout(*(x[:, chosen].transpose(0, 1) for x in drawn)))
                 descend(args.memory_coef * memory_loss(agent, old, seen).mean(), optimizer, args.max_grad_norm)
-            scalars = {x: float(all_mean(torch.stack([m[x] for m in log]).mean())) for x in (log[0] if log else ())}
+            means = {name: torch.stack([metrics[name] for metrics in log]).mean() for name in (log[0] if log else ())}
+            scalars = {f"losses/{name}": float(all_mean(x)) for name, x in means.items()}
 
             # --- statistics and codes, log, save, evaluate
             agent.update(own.obs.flatten(0, 1), returns.flatten(), rng if args.stage != "memory" else None)
@@ -983,7 +983,7 @@ def train(args: Args) -> dict:
             scalars["charts/episodic_return"] = fmean(totals or [math.nan])
             scalars["charts/episodic_length"] = fmean([episode.length for episode in episodes] or [math.nan])
             scalars["losses/explained_variance"] = 1 - float((returns - values).var() / returns.var())
-            scalars["losses/first_ratio_error"] = float(log[0]["losses/ratio_error"]) if log else math.nan
+            scalars["losses/first_ratio_error"] = float(log[0]["ratio_error"]) if log else math.nan
             if scalars["losses/first_ratio_error"] > 1e-3:
                 bar.write("warning: rollout and update compute different log-probabilities", file=sys.stderr)
             cross, entropy = (cross_entropy(x, own.behaviour, agent.choices) for x in (own.params, own.behaviour))
@@ -1000,7 +1000,7 @@ def train(args: Args) -> dict:
                 if signals:  # which cut it short; the next update hears of them on all ranks
                     continue
                 figure.savefig(run_dir / "dream.png")
-                writer.add_figure("world/dream", figure, counters["global_step"])
+                writer.add_figure("model/dream", figure, counters["global_step"])
                 log_scalars(writer, scores, counters["global_step"])
                 if scores["eval/episodic_return"] > counters.get("best", -math.inf):
                     counters["best"] = scores["eval/episodic_return"]
