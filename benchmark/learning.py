@@ -3,7 +3,7 @@
     python benchmark/learning.py cartpole        # 5 minutes
     python benchmark/learning.py bptt            # 3 minutes
     python benchmark/learning.py lander          # 10 minutes
-    python benchmark/learning.py flycraft        # 10 minutes; needs requirements-envs.txt
+    python benchmark/learning.py flycraft        # half an hour; needs requirements-envs.txt
     python benchmark/learning.py kuhn            # 15 minutes
     python benchmark/learning.py leduc           # 12 minutes
     python benchmark/learning.py leduc_long      # 25 minutes
@@ -41,7 +41,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 HERE = Path(__file__).parent
 CARTPOLE = "ppo_lstm_predictor.py --env-id CartPole-v1 --visible 0 2 --total-timesteps 100000 --eval-episodes 100"
 LANDER = "ppo_lstm_predictor.py --horizon 200 --eval-episodes 100 --checkpoint-every 0"
-FLYCRAFT = "ppo_lstm_predictor.py --env-id environments.flycraft:FlyCraftEasy-v0 --vectorization async"
+FLYCRAFT = "ppo_lstm_predictor.py --horizon 200 --eval-episodes 200 --checkpoint-every 0"
 SELFPLAY = "sequence_ppo_selfplay.py --eval-episodes 1000 --checkpoint-every 25"
 LONG = "--total-timesteps 24000000 --ent-coef-final 0.002 --barrier-coef-final 0.0003"
 NORMALISED = "--ent-coef 0.05 --ent-coef-final 0.02 --barrier-coef 0.05 --barrier-coef-final 0.003 --ref-kl-coef 0.4"
@@ -75,7 +75,14 @@ TASKS = {  # task: (seeds, title, {label: command}), and what is plotted if not 
         },
     ),
     "lander": (range(1, 4), "LunarLander-v3", {"PPO-LSTM with predictor, horizon 200": LANDER}),
-    "flycraft": (range(1, 2), "FlyCraftEasy-v0", {"PPO-LSTM": f"{FLYCRAFT} --total-timesteps 300000"}),
+    "flycraft": (
+        range(1, 4),
+        "FlyCraft",
+        {
+            "easy goals": f"{FLYCRAFT} --env-id environments.flycraft:FlyCraftEasy-v0 --total-timesteps 300000",
+            "all goals": f"{FLYCRAFT} --env-id environments.flycraft:FlyCraft-v0 --total-timesteps 1000000",
+        },
+    ),
     "kuhn": (
         range(1, 4),
         "Kuhn poker",

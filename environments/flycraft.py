@@ -33,7 +33,7 @@ GOALS = {
 ANGLES = {  # entries in degrees
     "observation": [0, 1, 2, 4, 5],  # of phi, theta, psi, v, mu, chi, p, h
     "desired_goal": [1, 2],  # of v, mu, chi
-    "achieved_goal": [1, 2],
+    "error": [1, 2],  # goal minus what is achieved
 }
 
 
@@ -51,16 +51,16 @@ package.deepcopy = f16_plane.deepcopy = dict
 
 
 class FlyCraft(gym.Wrapper):
-    """The package's environment without its printing and its bulky infos, with angles as sine and cosine (no jump at
-    180 degrees), and with a timeout that only truncates (the package also calls it terminated)."""
+    """The package's environment without its printing and its bulky infos, with how far the goal is in place of what is
+    achieved (which is also in `observation`), with angles as sine and cosine (no jump at 180 degrees), and with a
+    timeout that only truncates (the package also calls it terminated)."""
 
     def __init__(self, goal: dict[str, float]):
         with contextlib.redirect_stdout(io.StringIO()):
             super().__init__(FlyCraftEnv(custom_config={"debug_mode": False, "goal": goal}))
-        parts = self.env.observation_space.spaces
-        self.observation_space = Dict(
-            {name: Box(-np.inf, np.inf, (part.shape[0] + len(ANGLES[name]),)) for name, part in parts.items()}
-        )
+        sizes = {"observation": 8, "desired_goal": 3, "error": 3}
+        spaces = {name: Box(-np.inf, np.inf, (size + len(ANGLES[name]),)) for name, size in sizes.items()}
+        self.observation_space = Dict(spaces)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         obs, _ = self.env.reset(seed=seed, options=options)
@@ -74,8 +74,9 @@ class FlyCraft(gym.Wrapper):
 
     def encode(self, obs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Each part: what is no angle, then the sines, then the cosines."""
+        state, goal = obs["observation"].astype(float), obs["desired_goal"].astype(float)
         parts = {}
-        for name, values in obs.items():
+        for name, values in {"observation": state, "desired_goal": goal, "error": goal - state[3:6]}.items():
             angles = np.deg2rad(values[ANGLES[name]])
             rest = np.delete(values, ANGLES[name])
             parts[name] = np.concatenate((rest, np.sin(angles), np.cos(angles))).astype(np.float32)

@@ -39,10 +39,10 @@ def test_observations_are_the_packages_with_angles_as_sine_and_cosine(capsys):
         angles = np.deg2rad([phi, theta, psi, mu, chi])
         expected = [v, p, h, *np.sin(angles), *np.cos(angles)]
         np.testing.assert_allclose(obs["observation"], expected, rtol=1e-5, atol=1e-5)
-        for part in ("desired_goal", "achieved_goal"):
-            v, mu, chi = inner._get_obs()[part].astype(float)
+        goal, achieved = (inner._get_obs()[part].astype(float) for part in ("desired_goal", "achieved_goal"))
+        for part, (v, mu, chi) in {"desired_goal": goal, "error": goal - achieved}.items():
             angles = np.deg2rad([mu, chi])
-            np.testing.assert_allclose(obs[part], [v, *np.sin(angles), *np.cos(angles)], rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(obs[part], [v, *np.sin(angles), *np.cos(angles)], rtol=1e-4, atol=1e-4)
         obs, _, terminated, truncated, info = env.step(rng.uniform(env.action_space.low, env.action_space.high))
         assert set(info) == {"is_success"}
         if terminated or truncated:
