@@ -31,9 +31,9 @@ GOALS = {
     "FlyCraft-v0": {"v_min": 100, "v_max": 300, "mu_min": -90, "mu_max": 90, "chi_min": -180, "chi_max": 180},
 }
 ANGLES = {  # entries in degrees
-    "observation": [0, 1, 2, 4, 5],  # of phi, theta, psi, v, mu, chi, p, h
-    "desired_goal": [1, 2],  # of v, mu, chi
+    "aircraft": [0, 1, 2, 4, 5],  # of phi, theta, psi, v, mu, chi, p, h
     "error": [1, 2],  # goal minus what is achieved
+    "goal": [1, 2],  # of v, mu, chi
 }
 
 
@@ -52,13 +52,13 @@ package.deepcopy = f16_plane.deepcopy = dict
 
 class FlyCraft(gym.Wrapper):
     """The package's environment without its printing and its bulky infos, with how far the goal is in place of what is
-    achieved (which is also in `observation`), with angles as sine and cosine (no jump at 180 degrees), and with a
+    achieved (which is also in `aircraft`), with angles as sine and cosine (no jump at 180 degrees), and with a
     timeout that only truncates (the package also calls it terminated)."""
 
     def __init__(self, goal: dict[str, float]):
         with contextlib.redirect_stdout(io.StringIO()):
             super().__init__(FlyCraftEnv(custom_config={"debug_mode": False, "goal": goal}))
-        sizes = {"observation": 8, "desired_goal": 3, "error": 3}
+        sizes = {"aircraft": 8, "error": 3, "goal": 3}
         spaces = {name: Box(-np.inf, np.inf, (size + len(ANGLES[name]),)) for name, size in sizes.items()}
         self.observation_space = Dict(spaces)
 
@@ -76,7 +76,7 @@ class FlyCraft(gym.Wrapper):
         """Each part: what is no angle, then the sines, then the cosines."""
         state, goal = obs["observation"].astype(float), obs["desired_goal"].astype(float)
         parts = {}
-        for name, values in {"observation": state, "desired_goal": goal, "error": goal - state[3:6]}.items():
+        for name, values in {"aircraft": state, "error": goal - state[3:6], "goal": goal}.items():
             angles = np.deg2rad(values[ANGLES[name]])
             rest = np.delete(values, ANGLES[name])
             parts[name] = np.concatenate((rest, np.sin(angles), np.cos(angles))).astype(np.float32)

@@ -21,7 +21,7 @@ def make(name: str) -> gym.Env:
 def test_goals_are_those_of_the_preset(name):
     env, goals = make(name), []
     for seed in range(40):
-        v, *angles = env.reset(seed=seed)[0]["desired_goal"]
+        v, *angles = env.reset(seed=seed)[0]["goal"]
         goals.append((v, *np.rad2deg(np.arctan2(angles[:2], angles[2:]))))
     v_min, v_max, mu, chi = IDS[name]
     v, mus, chis = np.array(goals).T
@@ -38,9 +38,9 @@ def test_observations_are_the_packages_with_angles_as_sine_and_cosine(capsys):
         phi, theta, psi, v, mu, chi, p, h = inner._get_obs()["observation"].astype(float)
         angles = np.deg2rad([phi, theta, psi, mu, chi])
         expected = [v, p, h, *np.sin(angles), *np.cos(angles)]
-        np.testing.assert_allclose(obs["observation"], expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(obs["aircraft"], expected, rtol=1e-5, atol=1e-5)
         goal, achieved = (inner._get_obs()[part].astype(float) for part in ("desired_goal", "achieved_goal"))
-        for part, (v, mu, chi) in {"desired_goal": goal, "error": goal - achieved}.items():
+        for part, (v, mu, chi) in {"goal": goal, "error": goal - achieved}.items():
             angles = np.deg2rad([mu, chi])
             np.testing.assert_allclose(obs[part], [v, *np.sin(angles), *np.cos(angles)], rtol=1e-4, atol=1e-4)
         obs, _, terminated, truncated, info = env.step(rng.uniform(env.action_space.low, env.action_space.high))
