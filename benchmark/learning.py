@@ -3,7 +3,7 @@
     python benchmark/learning.py cartpole        # 5 minutes
     python benchmark/learning.py bptt            # 3 minutes
     python benchmark/learning.py lander          # 10 minutes
-    python benchmark/learning.py flycraft        # half an hour; needs requirements-envs.txt
+    python benchmark/learning.py flycraft        # 75 minutes; needs requirements-envs.txt
     python benchmark/learning.py kuhn            # 15 minutes
     python benchmark/learning.py leduc           # 12 minutes
     python benchmark/learning.py leduc_long      # 25 minutes

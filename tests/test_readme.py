@@ -138,6 +138,8 @@ def test_numbers_of_the_predictor():
         f"seed 1 returned {first:.0f}",
         f"seeds 2 and 3 {second:.0f} and {third:.0f}",
     )
+    success = column("flycraft_final", "eval_success_rate", label="easy goals")
+    said("in {:.0%}, {:.0%} and {:.0%} of 200 flights".format(*success))
     speeds, ratio = defaultdict(list), {}
     for table in ("throughput", "predictor_cost"):
         for row in csv.DictReader((RESULTS / f"{table}.csv").read_text().splitlines()):
