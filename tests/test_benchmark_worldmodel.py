@@ -99,4 +99,6 @@ def test_results_that_are_there_are_kept(tmp_path, monkeypatch):
     assert call() == ([], everything)
     assert call("--again", "--labels", "a") == ([("a", 1), ("a", 2)], everything)
     tasks["toy"][2]["b"] += " --other"
-    assert call() == ([("b", 1), ("b", 2)], everything)
+    with pytest.raises(SystemExit, match="2"):  # results of another command are there
+        call()
+    assert not ran and call("--again", "--labels", "b") == ([("b", 1), ("b", 2)], everything)
