@@ -3,7 +3,7 @@ the same bit for bit in all of them, so the heads see the same data. One run:
 
     python benchmark/forecast_heads.py --head 'linear to knots' --learning-rate 2e-3 --seed 1 --total-timesteps 500000
 
-Each run appends its skills to benchmark/results/forecast_heads.csv.
+Each run writes its skills into benchmark/results/forecast_heads.csv, in place of those of an equal run.
 """
 
 import argparse

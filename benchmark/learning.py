@@ -17,7 +17,8 @@
 
 Results: {task}_curves.csv and {task}_final.csv (with versions, commit and machine) in benchmark/results/, written after
 each run, and {task}.png at the end. What is there is not run again: a benchmark that was stopped goes on where it was.
-With `--again` it is, and results of labels and seeds that the task no longer has are dropped.
+With `--again` it is, and results of labels and seeds that the task no longer has are dropped; without it, such results,
+and those of other commands than today's, are an error.
 """
 
 import argparse

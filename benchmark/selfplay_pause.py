@@ -70,7 +70,7 @@ class KuhnWithPause(OpenSpielGames):
             names = [f"player {player} has {card} and has passed {passed} times" for player, card in dealt]
             obs, parent, action = (hidden(shown), each, PASS + 0 * each) if passed else (shown, none, none)
             pause.append(Level(names, obs, mask, parent, action))
-        first, second = (level for level in OpenSpielGames("kuhn_poker", 1, 0).levels)
+        first, second = OpenSpielGames("kuhn_poker", 1, 0).levels
         parent = 3 * first.obs[:, -1].astype(int) + first.obs[:, CARD].argmax(1)
         first = first._replace(obs=hidden(first.obs), parent=parent, action=PASS + 0 * parent)
         return [*pause, first, second._replace(obs=hidden(second.obs))]

@@ -19,7 +19,6 @@ from pathlib import Path
 import records
 import torch
 from matplotlib.figure import Figure
-from records import circumstances, read, write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 HERE = Path(__file__).parent
@@ -63,7 +62,7 @@ def plot() -> None:
     for i, opponent in enumerate(OPPONENTS):
         tags = [f"selfplay/win_rate{end}_vs_{opponent}" for end in ("", "_low", "_high")]
         for label, style in zip(LABELS, ("-", "--"), strict=True):
-            rows = [row for row in read(CURVES) if row["label"] == label and row[tags[0]]]
+            rows = [row for row in records.read(CURVES) if row["label"] == label and row[tags[0]]]
             games, rate, low, high = ([float(row[tag]) for row in rows] for tag in ("selfplay/games", *tags))
             axis.plot(games, rate, style, color=f"C{i}", label=f"{label}, against {opponent}")
             if style == "-":
@@ -79,14 +78,14 @@ def evaluate(label: str, path: Path, opponent: str, against: str, actions: str) 
     games = torch.load(path, weights_only=True)["counters"]["games"]
     row = {"label": label, "run": path.parent.name, "battles_trained_on": games}
     row |= {"opponent": opponent, "actions": actions}
-    if any({name: str(x) for name, x in row.items()}.items() <= old.items() for old in read(FINAL)):
+    if any({name: str(x) for name, x in row.items()}.items() <= old.items() for old in records.read(FINAL)):
         return
     flags = ("--eval-episodes", "1000", "--num-envs", "50", *ACTIONS[actions])
     result = script("--evaluate", str(path), "--against", against, *flags)
     name = opponent if opponent in OPPONENTS else "opponent"
     row |= {"battles": 1000} | {column: result[f"{key}_vs_{name}"] for column, key in SCORES.items()}
     print(row, flush=True)
-    write(FINAL, [*read(FINAL), row | circumstances()])
+    records.write(FINAL, [*records.read(FINAL), row | records.circumstances()])
 
 
 def main() -> None:
@@ -99,9 +98,10 @@ def main() -> None:
         records.refuse(parser, args, CURVES, FINAL)  # results of runs that are not here
     for label in args.labels:
         paths[label] = train(label)
-        write(CURVES, [row for row in read(CURVES) if row["label"] != label] + curves(label, paths[label].parent))
+        run_dir = paths[label].parent
+        records.replace(CURVES, {"label": label}, curves(label, run_dir))
         plot()
-        write(FINAL, [x for x in read(FINAL) if x["label"] != label or x["run"] == paths[label].parent.name])
+        records.write(FINAL, [x for x in records.read(FINAL) if x["label"] != label or x["run"] == run_dir.name])
         for opponent in OPPONENTS:
             for actions in ACTIONS:
                 evaluate(label, paths[label], opponent, opponent, actions)

@@ -158,8 +158,9 @@ def main() -> None:
             fault = QUIET if number == 0 else faults[(number - 1) % len(faults)]
             if time.monotonic() < until:
                 with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-                    rows.append(visit(label, fault, Path(folder)) | {"seed": args.seed} | about)
-                print(dict(list(rows[-1].items())[:11]), flush=True)
+                    row = visit(label, fault, Path(folder))
+                print(row, flush=True)
+                rows.append(row | {"seed": args.seed} | about)
                 records.write(args.out, rows)
         number += 1
     print(f"{sum(row['ok'] for row in rows)} of {len(rows)} visits ok")
