@@ -463,8 +463,8 @@ def on_signal(number: int, frame) -> None:
     print("\nfinishing this update, then saving; once more to end at once", file=sys.stderr)
 
 
-def setup(envs: VectorEnv, args: Args) -> tuple[torch.device, int, int, Agent, torch.optim.Optimizer]:
-    """Device, rank and number of processes (one, unless torchrun started more), the network, and what moves it."""
+def setup(envs: VectorEnv, args: Args) -> tuple[torch.device, int, int, dict]:
+    """Device, rank and number of processes (one, unless torchrun started more), the network and its optimiser."""
     on_gpu = args.cuda and torch.cuda.is_available()
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu")
     if "RANK" in os.environ and not dist.is_initialized():
@@ -473,8 +473,8 @@ def setup(envs: VectorEnv, args: Args) -> tuple[torch.device, int, int, Agent, t
     torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
     torch.manual_seed(args.seed)  # for the weights; whatever is random later draws from a generator of its own
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)
-    return device, *((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)), agent, optimizer
+    parts = {"agent": agent, "optimizer": torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)}
+    return device, *((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)), parts
 
 
 def open_run(args: Args, global_step: int) -> tuple[Path, SummaryWriter]:
@@ -507,8 +507,8 @@ def summary(run_dir: Path, counters: dict, scores: dict) -> dict:
 def train(args: Args) -> dict:
     """Trains, evaluates the final weights and returns the closing summary, empty if a signal came first. Raises
     InputError, before any work, for what cannot be; any other exception leaves the last checkpoint as it is."""
-    device, rank, world, agent, optimizer = setup(check(args), args)
-    parts = {"agent": agent, "optimizer": optimizer}
+    device, rank, world, parts = setup(check(args), args)
+    agent, optimizer = parts.values()
     counters = {"global_step": 0, "seconds": 0.0, "recent": []}  # recent: returns of the last 100 episodes
     if args.evaluate or args.init_from:
         saved = load(args.evaluate or args.init_from, agent=agent)

@@ -853,8 +853,8 @@ def on_signal(number: int, frame) -> None:
     print("\nfinishing this update, then saving; once more to end at once", file=sys.stderr)
 
 
-def setup(env: gym.Env, args: Args) -> tuple[torch.device, int, int, Agent, torch.optim.Optimizer]:
-    """Device, rank and number of processes (one, unless torchrun started more), the networks, and what moves them."""
+def setup(env: gym.Env, args: Args) -> tuple[torch.device, int, int, dict]:
+    """Device, rank and number of processes (one, unless torchrun started more), the networks and their optimiser."""
     on_gpu = args.cuda and torch.cuda.is_available()
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu")
     if "RANK" in os.environ and not dist.is_initialized():
@@ -867,7 +867,8 @@ def setup(env: gym.Env, args: Args) -> tuple[torch.device, int, int, Agent, torc
     for name, weight in agent.named_parameters():
         weight.requires_grad_(name.startswith(learning))
     optimizer = torch.optim.Adam([w for w in agent.parameters() if w.requires_grad], eps=1e-5, fused=True)
-    return device, *((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)), agent, optimizer
+    parts = {"agent": agent, "optimizer": optimizer}
+    return device, *((dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)), parts
 
 
 def open_run(args: Args, global_step: int) -> tuple[Path, SummaryWriter]:
@@ -900,8 +901,8 @@ def summary(run_dir: Path, env: gym.Env, counters: dict, scores: dict) -> dict:
 def train(args: Args) -> dict:
     """Trains, evaluates the final weights and returns the closing summary, empty if a signal came first. Raises
     InputError, before any work, for what cannot be; any other exception leaves the last checkpoint as it is."""
-    device, rank, world, agent, optimizer = setup(env := check(args), args)
-    parts = {"agent": agent, "optimizer": optimizer}
+    device, rank, world, parts = setup(env := check(args), args)
+    agent, optimizer = parts.values()
     counters = {"global_step": 0, "seconds": 0.0, "recent": []}  # recent: returns of the last 100 episodes
     if args.evaluate or args.init_from:
         saved = load(args.evaluate or args.init_from, agent=agent)
@@ -935,7 +936,8 @@ def train(args: Args) -> dict:
             rollout, episodes = collect(player, args.num_steps, prefix, rollout)
             own = Rollout(*(x[prefix:] for x in rollout))  # [T, N]
             values, values_after = map(agent.return_stats.denormalize, (own.value, own.next_value))
-            advantages, returns = gae(own.reward, values, values_after, *own[-2:], args.gamma, args.gae_lambda)
+            ends = own.terminated, own.truncated
+            advantages, returns = gae(own.reward, values, values_after, *ends, args.gamma, args.gae_lambda)
             centred = advantages - all_mean(advantages.mean())
             normal = centred / (all_mean(centred.square().mean()).sqrt() + 1e-8)
             advantages = normal if args.norm_adv else advantages
