@@ -9,7 +9,7 @@
     python benchmark/learning.py leduc_long      # 50 minutes
     python benchmark/learning.py liars_dice      # 20 minutes
     python benchmark/learning.py leduc_ablation  # an hour
-    python benchmark/learning.py phantom_go      # 8 minutes
+    python benchmark/learning.py phantom_go      # 15 minutes
     python benchmark/learning.py pause           # 20 minutes
     python benchmark/learning.py worldmodel      # two hours
     python benchmark/learning.py planning        # 25 minutes; planning_settings, planning_pendulum likewise
@@ -48,7 +48,7 @@ LONG = "--total-timesteps 48000000 --ent-coef-final 0.002 --barrier-coef-final 0
 NORMALISED = "--ent-coef 0.05 --ent-coef-final 0.02 --barrier-coef 0.05 --barrier-coef-final 0.003 --ref-kl-coef 0.4"
 GO = 'sequence_ppo_selfplay.py --env-id phantom_go --env-kwargs {"board_size":5} --num-envs 128 --games-per-update 128'
 GO += " --total-timesteps 300000 --hidden-size 128 --checkpoint-every 10 --update-epochs 2 --num-minibatches 2"
-GO += " --gae-lambda 0.95"
+GO += " --gae-lambda 0.95 --eval-episodes 1000"
 PAUSE = "benchmark/selfplay_pause.py --total-timesteps 5000000 --num-envs 256 --games-per-update 256"
 PAUSE += " --checkpoint-every 50"
 WORLDMODEL = "worldmodel_a2c.py --eval-episodes 100 --checkpoint-every 0"
