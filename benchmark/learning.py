@@ -9,7 +9,7 @@
     python benchmark/learning.py leduc_long      # 50 minutes
     python benchmark/learning.py liars_dice      # 20 minutes
     python benchmark/learning.py leduc_ablation  # an hour
-    python benchmark/learning.py phantom_go      # 15 minutes
+    python benchmark/learning.py phantom_go      # 40 minutes
     python benchmark/learning.py pause           # 20 minutes
     python benchmark/learning.py worldmodel      # two hours
     python benchmark/learning.py planning        # 25 minutes; planning_settings, planning_pendulum likewise
