@@ -3,7 +3,9 @@
 A player sees the *observation* tensor (what is visible now), not the information-state tensor (its whole history): to
 play well it has to remember."""
 
+import bisect
 import functools
+import itertools
 import os
 import sys
 from collections.abc import Iterable
@@ -70,7 +72,7 @@ class OpenSpielGames:
         state = self.states[slot]
         while state.is_chance_node():
             actions, probabilities = zip(*state.chance_outcomes(), strict=True)
-            which = np.searchsorted(np.cumsum(probabilities), self.rng.random(), side="right")
+            which = bisect.bisect(list(itertools.accumulate(probabilities)), self.rng.random())
             state.apply_action(actions[min(which, len(actions) - 1)])
         if state.is_terminal():
             payoff = np.array(state.returns(), np.float32)
