@@ -63,7 +63,7 @@ DEFAULTS = {  # of flags that are None below: for OpenSpiel; for Pokémon Showdo
     "norm_adv": (False, True),
     "ent_coef": (0.0125, 0.02),
     "barrier_coef": (0.0125, 0.0),
-    "barrier_coef_final": (0.00075, 0.0),
+    "barrier_coef_final": (0.002, 0.0),
     "ref_kl_coef": (0.1, 0.0),
     "hidden_size": (64, 128),
 }
