@@ -425,7 +425,8 @@ def test_loopback_only(server):
 
 
 CHILD = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sys.path.insert(0, {str(ROOT)!r})
 from environments.showdown import Server
 server = Server()
