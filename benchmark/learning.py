@@ -4,8 +4,8 @@
     python benchmark/learning.py bptt            # 3 minutes
     python benchmark/learning.py lander          # 10 minutes
     python benchmark/learning.py flycraft        # 75 minutes; needs requirements-envs.txt
-    python benchmark/learning.py kuhn            # 15 minutes
-    python benchmark/learning.py leduc           # 12 minutes
+    python benchmark/learning.py kuhn            # 9 minutes
+    python benchmark/learning.py leduc           # 9 minutes
     python benchmark/learning.py leduc_long      # 15 minutes
     python benchmark/learning.py liars_dice      # 20 minutes
     python benchmark/learning.py leduc_ablation  # an hour
