@@ -6,7 +6,7 @@
     python benchmark/learning.py flycraft        # 75 minutes; needs requirements-envs.txt
     python benchmark/learning.py kuhn            # 9 minutes
     python benchmark/learning.py leduc           # 9 minutes
-    python benchmark/learning.py leduc_long      # 15 minutes
+    python benchmark/learning.py leduc_long      # 18 minutes
     python benchmark/learning.py liars_dice      # 20 minutes
     python benchmark/learning.py leduc_ablation  # an hour
     python benchmark/learning.py phantom_go      # 40 minutes
