@@ -6,7 +6,7 @@
     python benchmark/learning.py flycraft        # 75 minutes; needs requirements-envs.txt
     python benchmark/learning.py kuhn            # 9 minutes
     python benchmark/learning.py leduc           # 9 minutes
-    python benchmark/learning.py leduc_long      # 18 minutes
+    python benchmark/learning.py leduc_long      # 30 minutes
     python benchmark/learning.py liars_dice      # 20 minutes
     python benchmark/learning.py leduc_ablation  # an hour
     python benchmark/learning.py phantom_go      # 40 minutes
@@ -44,7 +44,7 @@ CARTPOLE = "ppo_lstm_predictor.py --env-id CartPole-v1 --visible 0 2 --total-tim
 LANDER = "ppo_lstm_predictor.py --horizon 200 --eval-episodes 100 --checkpoint-every 0"
 FLYCRAFT = "ppo_lstm_predictor.py --horizon 200 --eval-episodes 200 --checkpoint-every 0"
 SELFPLAY = "sequence_ppo_selfplay.py --eval-episodes 1000 --checkpoint-every 25"
-LONG = "--total-timesteps 24000000 --ent-coef-final 0.003"
+LONG = "--total-timesteps 48000000 --ent-coef-final 0.003"
 NORMALISED = "--ent-coef 0.05 --ent-coef-final 0.02 --barrier-coef 0.05 --barrier-coef-final 0.008 --ref-kl-coef 0.4"
 GO = 'sequence_ppo_selfplay.py --env-id phantom_go --env-kwargs {"board_size":5} --num-envs 128 --games-per-update 128'
 GO += " --total-timesteps 300000 --hidden-size 128 --checkpoint-every 10 --update-epochs 2 --num-minibatches 2"
@@ -92,8 +92,8 @@ TASKS = {  # task: (seeds, title, {label: command}), and what is plotted if not 
     ),
     "leduc": (range(31, 34), "Leduc poker", {"self-play": SELFPLAY}, [EXPLOITABILITY, AVERAGE]),
     "leduc_long": (
-        range(31, 33),
-        "Leduc poker, 24 million decisions",
+        range(41, 43),
+        "Leduc poker, 48 million decisions",
         {"self-play": f"{SELFPLAY} {LONG}"},
         [EXPLOITABILITY, AVERAGE],
     ),
