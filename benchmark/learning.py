@@ -8,7 +8,7 @@
     python benchmark/learning.py leduc           # 9 minutes
     python benchmark/learning.py leduc_long      # 30 minutes
     python benchmark/learning.py liars_dice      # 20 minutes
-    python benchmark/learning.py leduc_ablation  # an hour
+    python benchmark/learning.py leduc_ablation  # 45 minutes
     python benchmark/learning.py phantom_go      # 40 minutes
     python benchmark/learning.py pause           # 20 minutes
     python benchmark/learning.py worldmodel      # two hours
@@ -104,10 +104,9 @@ TASKS = {  # task: (seeds, title, {label: command}), and what is plotted if not 
         [EXPLOITABILITY, AVERAGE],
     ),
     "leduc_ablation": (
-        range(1, 4),
-        "Leduc poker: what the recipe's parts are worth",
+        range(31, 34),
+        "Leduc poker without parts of the recipe",
         {
-            "default": SELFPLAY,
             "no barrier": f"{SELFPLAY} --barrier-coef 0 --barrier-coef-final 0",
             "as many games to the end": f"{SELFPLAY} --games-growth 1",
             "advantages normalised": f"{SELFPLAY} --norm-adv {NORMALISED}",

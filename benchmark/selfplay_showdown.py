@@ -1,7 +1,9 @@
-"""Pokémon Showdown: trains with the defaults, with and without memory, then plays 1,000 battles of the final weights
-against each of poke-env's players, and one against the other, with sampled and with the likeliest actions.
+"""Pokémon Showdown: trains with the defaults, with and without memory, with poke-env's heuristic player among the
+opponents, and from an imitation of it (selfplay_imitation.py), towards whose moving average the loss then pulls. Then
+plays 1,000 battles of the final weights, and of the imitation, against each of poke-env's players, and of the first
+two against each other, with sampled and with the likeliest actions.
 
-    python benchmark/selfplay_showdown.py                   # an hour and a half on two idle cores
+    python benchmark/selfplay_showdown.py                   # four hours on two idle cores
     python benchmark/selfplay_showdown.py --labels LSTM     # a part of it
 
 Whatever stops it, the same command goes on: runs are kept in benchmark/runs/showdown, and battles of theirs that are in
@@ -23,8 +25,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 HERE = Path(__file__).parent
 CURVES, FINAL = (HERE / "results" / f"showdown_{name}.csv" for name in ("curves", "final"))
-LABELS = {"LSTM": [], "without memory": ["--no-recurrent"]}
-OPPONENTS = ("random", "max_power", "heuristic")
+RUNS = HERE / "runs" / "showdown"
+IMITATION = RUNS / "imitation" / "checkpoint.pt"
+LABELS = {
+    "LSTM": [],
+    "without memory": ["--no-recurrent"],
+    "heuristic among the opponents": ["--opponents", "self:0.6,past:0.2,heuristic:0.2"],
+    "from imitation": ["--init-from", str(IMITATION), "--ref-kl-coef", "0.1"],
+    "imitation": [],  # itself
+}
+OPPONENTS = ("heuristic", "max_power", "random")
 ACTIONS = {"sampled": [], "likeliest": ["--eval-likeliest"]}
 SCORES = {"win_rate": "win_rate", "low": "win_rate_low", "high": "win_rate_high"}  # and their 95% interval
 
@@ -36,7 +46,12 @@ def script(*args: str) -> dict:
 
 def train(label: str) -> Path:
     """The checkpoint of a finished run: of one that is there, one that goes on, or a new one."""
-    folder = HERE / "runs" / "showdown" / label.replace(" ", "-")
+    folder = RUNS / label.replace(" ", "-")
+    if "imitation" in label and not IMITATION.exists():
+        imitate = [sys.executable, str(HERE / "selfplay_imitation.py"), str(IMITATION.parent), "--again"]
+        subprocess.run(imitate, check=True)
+    if label == "imitation":
+        return IMITATION
     for path in folder.glob("*/checkpoint.pt"):
         saved = torch.load(path, weights_only=True)
         if saved["counters"]["global_step"] < saved["args"]["total_timesteps"]:
@@ -57,19 +72,18 @@ def curves(label: str, run_dir: Path) -> list[dict]:
 
 
 def plot() -> None:
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axis = figure.subplots()
-    for i, opponent in enumerate(OPPONENTS):
-        tags = [f"selfplay/win_rate{end}_vs_{opponent}" for end in ("", "_low", "_high")]
-        for label, style in zip(LABELS, ("-", "--"), strict=True):
-            rows = [row for row in records.read(CURVES) if row["label"] == label and row[tags[0]]]
-            games, rate, low, high = ([float(row[tag]) for row in rows] for tag in ("selfplay/games", *tags))
-            axis.plot(games, rate, style, color=f"C{i}", label=f"{label}, against {opponent}")
-            if style == "-":
-                axis.fill_between(games, low, high, color=f"C{i}", alpha=0.15)
-    axis.set(xlabel="battles trained on", ylabel="win rate, 40 battles each, 95% interval", ylim=(0, 1))
-    axis.set_title("gen9randombattle")
-    axis.legend(fontsize="small")
+    """Win rates while training."""
+    figure = Figure(figsize=(10, 3.5), layout="constrained")
+    for axis, opponent in zip(figure.subplots(1, 3, sharey=True), OPPONENTS, strict=True):
+        tag = f"selfplay/win_rate_vs_{opponent}"
+        for label in LABELS:
+            rows = [row for row in records.read(CURVES) if row["label"] == label and row[tag]]
+            games, rate = ([float(row[name]) for row in rows] for name in ("selfplay/games", tag))
+            if rows:
+                axis.plot(games, rate, label=label)
+        axis.set(title=f"against {opponent}", xlabel="battles trained on", ylim=(0, 1))
+    figure.axes[0].set_ylabel("win rate, 40 battles")
+    figure.axes[0].legend(fontsize="small", loc="lower right")
     figure.savefig(HERE / "results" / "showdown.png", dpi=110)
 
 
@@ -94,18 +108,20 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, which ends the script that runs, too
     paths = {}
     args = parser.parse_args()
-    if not all((HERE / "runs" / "showdown" / label.replace(" ", "-")).exists() for label in args.labels):
-        records.refuse(parser, args, CURVES, FINAL)  # results of runs that are not here
+    there = {row["label"] for row in records.read(FINAL)}
+    if gone := [x for x in args.labels if x in there and not (args.again or (RUNS / x.replace(" ", "-")).exists())]:
+        parser.error(f"--again replaces results of runs that are not here: {', '.join(gone)}")
     for label in args.labels:
         paths[label] = train(label)
         run_dir = paths[label].parent
-        records.replace(CURVES, {"label": label}, curves(label, run_dir))
-        plot()
+        if label != "imitation":
+            records.replace(CURVES, {"label": label}, curves(label, run_dir))
+            plot()
         records.write(FINAL, [x for x in records.read(FINAL) if x["label"] != label or x["run"] == run_dir.name])
         for opponent in OPPONENTS:
             for actions in ACTIONS:
                 evaluate(label, paths[label], opponent, opponent, actions)
-    if len(paths) == len(LABELS):
+    if {"LSTM", "without memory"} <= paths.keys():
         for actions in ACTIONS:
             evaluate("LSTM", paths["LSTM"], "without memory", str(paths["without memory"]), actions)
 

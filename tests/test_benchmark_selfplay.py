@@ -1,4 +1,5 @@
-"""benchmark/selfplay_elo.py: ratings of hand-made tables and games; benchmark/selfplay_pause.py is the game it says."""
+"""benchmark/selfplay_elo.py: ratings of hand-made tables and games; selfplay_pause.py is the game it says;
+selfplay_imitation.py keeps what a scripted player does, and learns it."""
 
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from toy_games import ToyGames
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmark"))
 import selfplay_elo
+import selfplay_imitation
 import selfplay_pause
 
 import sequence_ppo_selfplay as selfplay
@@ -57,3 +59,31 @@ def test_after_a_pause_in_which_the_card_is_seen_once_kuhn_poker_is_played():
         higher = 1 if mine > theirs else -1
         won.append((-1 if folded == 0 else 1) if folded is not None else higher * (1 + first[-1]))
     assert sorted(won) == sorted(payoffs[:, 0].tolist()) and (payoffs.sum(1) == 0).all() and len(set(won)) == 4
+
+
+def test_imitation_of_a_scripted_player():
+    lengths = [(3, 2), (5, 5), (1, 4)]
+    games, args = ToyGames(4, lengths, lost={2}), selfplay.Args(hidden_size=32, num_envs=4)
+    torch.manual_seed(0)
+    agent = selfplay.Agent(games, args)
+    with torch.no_grad():
+        agent.policy.encoder.weight[:, 0] *= 0.01  # the number of the game
+    data = selfplay_imitation.demonstrations(games, agent.policy, "always_last", 60)
+    done = {(game, player) for game in range(61) for player in (0, 1) if game != 2}
+    kept = {(int(obs[0]), int(obs[1])): i for i, obs in enumerate(data.obs[selfplay.spans(data.sequence)[0]])}
+    assert kept.keys() == done
+    log = {entry[:3]: entry[3:] for entry in games.log}
+    for obs, mask, action in zip(data.obs, data.action_mask, data.action, strict=True):
+        played, allowed, _, _ = log[tuple(obs[:3].int().tolist())]
+        assert action == played == np.flatnonzero(allowed)[-1] and (mask.numpy() == allowed).all()
+    rows = selfplay_imitation.fit(agent, data, args, epochs=20)
+    assert rows[-1]["accuracy"] > 0.95 > rows[0]["accuracy"]
+    first, length = selfplay.spans(data.sequence)
+    held_out = data.sequence[first] // 2 % 8 == 0
+    total = 0.0
+    for begin, n in zip(first[held_out].tolist(), length[held_out].tolist(), strict=True):
+        obs, state = data.obs[begin : begin + n, None], agent.policy.initial_state(1)
+        logits = agent.policy.unroll(obs, state)[0].detach()
+        logits = logits[:, 0].masked_fill(~data.action_mask[begin : begin + n], -torch.inf)
+        total += float(torch.nn.functional.cross_entropy(logits, data.action[begin : begin + n], reduction="sum"))
+    assert abs(total / int(length[held_out].sum()) - min(row["cross_entropy"] for row in rows)) < 1e-5
