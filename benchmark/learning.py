@@ -111,6 +111,7 @@ TASKS = {  # task: (seeds, title, {label: command}), and what is plotted if not 
             "as many games to the end": f"{SELFPLAY} --games-growth 1",
             "advantages normalised": f"{SELFPLAY} --norm-adv {NORMALISED}",
             "no reference": f"{SELFPLAY} --ref-kl-coef 0",
+            "rates held": f"{SELFPLAY} --no-anneal-lr",
             "no memory": f"{SELFPLAY} --no-recurrent",
         },
         [EXPLOITABILITY, AVERAGE],
