@@ -70,14 +70,14 @@ class Args:  # the comments are what --help says
     anneal_lr: bool = True  # lower the learning rates linearly to 0
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
-    num_minibatches: int = 8  # minibatches per epoch; at most num_envs
+    num_minibatches: int = 8  # minibatches per pass; at most num_envs
     update_epochs: int = 4  # passes over each rollout
     norm_adv: bool = True  # normalise the advantages of each rollout
     clip_coef: float = 0.2  # clip range of the probability ratio
     ent_coef: float = 0.003  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss; values are in units of the returns' standard deviation
     max_grad_norm: float = 0.5  # largest norm of the gradient
-    target_kl: float | None = None  # stop an update after an epoch whose mean approximate KL exceeds this; None = never
+    target_kl: float | None = None  # stop an update after a pass whose mean approximate KL exceeds this; None = never
     recurrent: bool = True  # RECURRENCE: off zeroes the LSTM's state before every step: the same network, no memory
     lstm_hidden: int = 128  # width of the LSTM
     bptt_length: int = 0  # steps through which gradients flow; 0 = the whole episode, as far as the rollout holds it
@@ -107,12 +107,12 @@ def check(args: Args) -> gym.Env:
             assert all(0 <= i < len(names) for i in args.visible or ()), f"--visible goes from 0 to {len(names) - 1}"
             return env
     except Exception as error:
-        raise InputError(f"{args.env_id}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise InputError(f"{args.env_id}: {' '.join(str(error).split())}") from error
 
 
 # --- environment
 def make_env(args: Args, video_dir: str | Path | None = None) -> gym.Env:
-    if multiprocessing.current_process().name.startswith("Worker<"):  # leaves Ctrl-C to the main process
+    if multiprocessing.current_process().name.startswith("Worker<"):  # AsyncVectorEnv's leave Ctrl-C to the main one
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if video_dir else {}), **json.loads(args.env_kwargs))
@@ -142,7 +142,7 @@ def all_mean(x: Tensor) -> Tensor:
 
 
 class RunningMeanStd(nn.Module):
-    """Of all batches so far, of all processes (Chan et al. 1979). Beyond `memory` samples, older ones fade."""
+    """Mean and deviation of all processes' batches (Chan et al. 1979). Beyond `memory` samples, older ones fade."""
 
     def __init__(self, shape: tuple[int, ...], memory: float = math.inf):
         super().__init__()
@@ -200,7 +200,7 @@ class Agent(nn.Module):
         self.register_buffer("shut", shut[:, None], persistent=False)  # [4F, 1]: weights of unroll's extra input
 
     def initial_state(self, n: int) -> Tensor:
-        return torch.zeros(n, 2, self.lstm.hidden_size, device=self.seen.device)
+        return torch.zeros(n, 2, self.lstm.hidden_size, device=self.shut.device)
 
     def normalize_obs(self, obs: Tensor) -> Tensor:
         return self.obs_stats.normalize(obs).clamp(-10, 10)
@@ -289,7 +289,7 @@ class Episode(NamedTuple):
 def play(envs: VectorEnv, agent: Agent, seed: int, sampled: bool = True, memory: bool = True) -> Iterator[tuple]:
     """Plays without end, and gives each step, a Rollout without the dimension T, and the list of Episodes that end with
     it. The actions are sampled, or the likeliest; without memory, every step starts from the initial state."""
-    obs_space, space, device = envs.single_observation_space, agent.action_space, agent.seen.device
+    obs_space, space, device = envs.single_observation_space, agent.action_space, agent.shut.device
     generator = torch.Generator(device).manual_seed(seed) if sampled else None
     no_action = np.zeros((envs.num_envs, gym.spaces.flatdim(space)), np.float32)
 
@@ -391,9 +391,9 @@ def ppo_loss(agent: Agent, flat: Rollout, advantages: Tensor, returns: Tensor, i
 
 def descend(loss: Tensor, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
     """A step down the gradient, its mean over processes, clipped; gives its norm, or raises if that is not finite."""
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     optimizer.zero_grad()
     loss.backward()
+    weights = [w for group in optimizer.param_groups for w in group["params"] if w.grad is not None]  # the others stay
     for weight in weights:
         all_mean(weight.grad)
     norm = nn.utils.clip_grad_norm_(weights, max_norm, error_if_nonfinite=True)
@@ -435,8 +435,8 @@ def forecasts(agent: Agent, predictor: Predictor, history: Sequence[Rollout], in
     a mask [B, H], false beyond the episode's end or the last rollout. Features are recomputed, from stored states."""
     obs, state = history[0].obs.flatten(0, 1)[index], history[0].state.flatten(0, 1)[index]
     features = agent.step(obs, state)[-1][:, 0]
-    next_obs = torch.cat([rollout.next_obs for rollout in history])  # [R, N, D + A]
-    done = torch.cat([rollout.terminated | rollout.truncated for rollout in history]).int()  # [R, N]
+    next_obs = torch.cat([rollout.next_obs for rollout in history])  # [rows, N, D + A]
+    done = torch.cat([rollout.terminated | rollout.truncated for rollout in history]).int()  # [rows, N]
     num_rows, num_envs = done.shape
     t = (index // num_envs)[:, None] + torch.arange(predictor.horizon, device=index.device)  # [B, H]
     n, row = (index % num_envs)[:, None], t.clamp(max=num_rows - 1)
@@ -516,7 +516,7 @@ def assess(agent: Agent, predictor: Predictor, args: Args, video_dir: Path) -> t
 
 def log_scalars(writer: SummaryWriter, scalars: dict, step: int) -> None:
     for name, value in scalars.items():
-        if value == value:  # there is one
+        if math.isfinite(value):  # there is one
             writer.add_scalar(name, value, step)
     writer.flush()
 
@@ -539,7 +539,7 @@ def load(path: Path | str, **parts) -> dict:
         return {"counters": state["counters"], "args": state["args"]}
     except Exception as error:
         reason = " ".join(str(error).split()).partition("weights_only")[0]  # without advice to trust a stranger
-        raise InputError(f"{path} does not fit: {type(error).__name__}: {reason[:300]}") from error
+        raise InputError(f"cannot load {path}: {type(error).__name__}: {reason[:300]}") from error
 
 
 # --- train
@@ -549,7 +549,7 @@ signals: list[int] = []  # SIGINT and SIGTERM received so far; read once per upd
 def on_signal(number: int, frame) -> None:
     signals.append(number)
     signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-    print("\nfinishing this update, then saving; once more to end at once", file=sys.stderr)
+    print("\nstopping at the next good moment; once more to end at once", file=sys.stderr)
 
 
 def setup(env: gym.Env, args: Args) -> tuple[torch.device, int, int, dict]:
@@ -681,7 +681,7 @@ def train(args: Args) -> dict:
             counters["recent"] = [*counters["recent"], *totals][-100:]
             counters["train_return_mean"] = fmean(counters["recent"] or [math.nan])
             counters["sps"] = scalars["charts/SPS"] = counters["global_step"] / counters["seconds"]
-            scalars["charts/learning_rate"] = args.learning_rate * remaining
+            scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             scalars["charts/episodic_return"] = fmean(totals or [math.nan])
             scalars["charts/episodic_length"] = fmean([episode.length for episode in episodes] or [math.nan])
             scalars["losses/explained_variance"] = 1 - float((returns - values.flatten()).var() / returns.var())
@@ -740,8 +740,9 @@ def main() -> None:
         sys.exit(128 + received[0])
     if result:
         print(f"first {result.get('first_return_mean')} | now {result['eval_return_mean']} | solved {result['solved']}")
-        print(f"watch: tensorboard --logdir {args.runs_dir}")
-        print(f"evaluate: python {sys.argv[0]} --evaluate {result['run_dir']}/checkpoint.pt")
+        if not args.evaluate:
+            print(f"watch: tensorboard --logdir {args.runs_dir}")
+            print(f"evaluate: python {sys.argv[0]} --evaluate {result['run_dir']}/checkpoint.pt")
         print(json.dumps(result))
 
 

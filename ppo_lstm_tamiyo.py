@@ -21,6 +21,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
@@ -62,18 +63,18 @@ class Args:  # the comments are what --help says
     total_timesteps: int = 64_000  # PPO: epochs of hosts to train for, over all hosts and processes
     learning_rate: float = 1e-3  # Adam's step size
     num_envs: int = 64  # environments (hosts) of each process
-    num_steps: int = 25  # steps of each environment per rollout; here, an epoch is a step
+    num_steps: int = 25  # steps of each environment per rollout; a step is an epoch of its host
     anneal_lr: bool = True  # lower the learning rate, and the entropy bonus, linearly to 0
     gamma: float = 1.0  # discount factor
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
-    num_minibatches: int = 4  # minibatches per epoch; at most num_envs
+    num_minibatches: int = 4  # minibatches per pass; at most num_envs
     update_epochs: int = 8  # passes over each rollout
     norm_adv: bool = True  # normalise the advantages of each rollout
     clip_coef: float = 0.2  # clip range of the probability ratio
     ent_coef: float = 0.01  # weight of the entropy bonus, lowered like the learning rate
     vf_coef: float = 0.5  # weight of the value loss; values are in units of the returns' standard deviation
     max_grad_norm: float = 0.5  # largest norm of the gradient
-    target_kl: float | None = None  # stop an update after an epoch whose mean approximate KL exceeds this; None = never
+    target_kl: float | None = None  # stop an update after a pass whose mean approximate KL exceeds this; None = never
     recurrent: bool = True  # RECURRENCE: off zeroes the LSTM's state before every step: the same network, no memory
     reset_every: int = 0  # zero the state after so many steps of an episode, to measure what memory is worth; 0 = never
     lstm_hidden: int = 128  # width of the LSTM
@@ -99,7 +100,7 @@ def check(args: Args) -> VectorEnv:
             assert isinstance(envs.single_action_space, Discrete), f"no support for {envs.single_action_space}"
             return envs
     except Exception as error:
-        raise InputError(f"{args.env_id}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise InputError(f"{args.env_id}: {' '.join(str(error).split())}") from error
 
 
 # --- environment
@@ -123,7 +124,7 @@ def all_mean(x: Tensor) -> Tensor:
 
 
 class RunningMeanStd(nn.Module):
-    """Of all batches so far, of all processes (Chan et al. 1979). Beyond `memory` samples, older ones fade."""
+    """Mean and deviation of all processes' batches (Chan et al. 1979). Beyond `memory` samples, older ones fade."""
 
     def __init__(self, shape: tuple[int, ...], memory: float = math.inf):
         super().__init__()
@@ -250,7 +251,7 @@ class Rollout(NamedTuple):
     reward: Tensor  # [T, N]
     terminated: Tensor  # [T, N] bool
     truncated: Tensor  # [T, N] bool
-    next_obs: Tensor  # [T, N, D] the true next observation, the last one of an episode included, but for `unseen`
+    next_obs: Tensor  # [T, N, D] the true next observation, the last of an episode too; only `unseen` is the next one's
 
 
 class Episode(NamedTuple):
@@ -264,7 +265,7 @@ class Episode(NamedTuple):
 def play(envs: VectorEnv, agent: Agent, seeds: list[int], sampled: bool = True, memory: bool = True) -> Iterator[tuple]:
     """Plays without end, and gives each step, a Rollout without the dimension T, and the list of Episodes that end with
     it. The actions are sampled, or the likeliest; without memory, every step starts from the initial state."""
-    obs_space, start_action, device = envs.single_observation_space, int(agent.action_space.start), agent.shut.device
+    obs_space, space, device = envs.single_observation_space, agent.action_space, agent.shut.device
     generator = torch.Generator(device).manual_seed(seeds[0]) if sampled else None
     no_action = np.zeros((envs.num_envs, agent.num_actions), np.float32)
 
@@ -286,9 +287,9 @@ def play(envs: VectorEnv, agent: Agent, seeds: list[int], sampled: bool = True, 
     while True:
         logits, value, next_state = agent.step(obs, state, action_mask)
         action = sample(logits, generator)
-        taken = action.cpu().numpy()
-        raw, reward, terminated, truncated, infos = envs.step(taken + start_action)
-        new, episodes = seen(raw, np.eye(agent.num_actions, dtype=np.float32)[taken], infos), []
+        taken = action.cpu().numpy() + space.start
+        raw, reward, terminated, truncated, infos = envs.step(taken)
+        new, episodes = seen(raw, flatten(space, taken), infos), []
         next_obs = new.copy()  # the two differ where an episode ends: there, `new` is the first of the next one
         for n in np.flatnonzero(terminated | truncated):
             final = gym.spaces.flatten(obs_space, infos["final_obs"][n])
@@ -364,9 +365,9 @@ def ppo_loss(agent: Agent, flat: Rollout, advantages: Tensor, returns: Tensor, i
 
 def descend(loss: Tensor, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
     """A step down the gradient, its mean over processes, clipped; gives its norm, or raises if that is not finite."""
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     optimizer.zero_grad()
     loss.backward()
+    weights = [w for group in optimizer.param_groups for w in group["params"] if w.grad is not None]  # the others stay
     for weight in weights:
         all_mean(weight.grad)
     norm = nn.utils.clip_grad_norm_(weights, max_norm, error_if_nonfinite=True)
@@ -374,11 +375,31 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer, max_norm: float) -> 
     return norm
 
 
+# --- picture
+def actions_figure(agent: Agent, rollout: Rollout) -> Figure:
+    """Of hosts: how often each action is taken in each epoch, and what becomes of the seeds of eight."""
+    figure = Figure(figsize=(10, 8), layout="constrained")
+    if not agent.of_hosts:
+        return figure
+    top, bottom = figure.subplots(2)
+    first = rollout.age == torch.arange(len(rollout.age), device=rollout.age.device)[:, None]  # not of a second episode
+    taken = nn.functional.one_hot(rollout.action, agent.num_actions) * first[..., None]  # [T, N, A]
+    image = top.imshow((taken.sum(1) / first.sum(1, keepdim=True)).T.cpu().numpy(), aspect="auto", vmin=0, vmax=1)
+    top.set(yticks=range(len(ACTIONS)), yticklabels=ACTIONS, title="share of hosts")
+    figure.colorbar(image, ax=top)
+    stages = ("no_seed", "germinated", "training", "blending", "holding")  # one-hot
+    seen = rollout.obs[:, :8, [list(OBSERVATION).index(name) for name in stages]]  # [T, 8, 5]
+    image = bottom.imshow(seen.argmax(-1).T.cpu().numpy(), aspect="auto", cmap="YlOrRd", vmin=0, vmax=4)
+    figure.colorbar(image, ax=bottom, ticks=range(5)).ax.set_yticklabels(stages)
+    bottom.set(xlabel="epoch", ylabel="host", title="stage of the live seed")
+    return figure
+
+
 # --- evaluate, save, load
 def evaluate(agent: Agent, args: Args, **how) -> tuple[list[Episode], Rollout]:
-    """An episode for each of `eval_episodes` seeds, the same ones whatever `seed` is, side by side; and all steps, up
-    to the end of the last, of which those behind an environment's first episode count for nothing."""
-    seeds, steps, episodes = [HELD_OUT + i for i in range(args.eval_episodes)], [], {}
+    """An episode for each of `eval_episodes` seeds, the same ones whatever `seed` is, side by side; and the last
+    2,000 steps, of which those behind an environment's first episode count for nothing."""
+    seeds, steps, episodes = [HELD_OUT + i for i in range(args.eval_episodes)], deque(maxlen=2000), {}
     with closing(make_envs(args, len(seeds))) as envs:
         for step, ended in play(envs, agent, seeds, **how):
             steps.append(step)
@@ -406,28 +427,9 @@ def assess(agent: Agent, args: Args) -> tuple[dict, Figure]:
     return scores, actions_figure(agent, rollout)
 
 
-def actions_figure(agent: Agent, rollout: Rollout) -> Figure:
-    """Of hosts: how often each action is taken in each epoch, and what becomes of the seeds of eight."""
-    figure = Figure(figsize=(10, 8), layout="constrained")
-    if not agent.of_hosts:
-        return figure
-    top, bottom = figure.subplots(2)
-    first = rollout.age == torch.arange(len(rollout.age), device=rollout.age.device)[:, None]  # not of a second episode
-    taken = nn.functional.one_hot(rollout.action, agent.num_actions) * first[..., None]  # [T, N, A]
-    image = top.imshow((taken.sum(1) / first.sum(1, keepdim=True)).T.cpu().numpy(), aspect="auto", vmin=0, vmax=1)
-    top.set(yticks=range(len(ACTIONS)), yticklabels=ACTIONS, title="share of hosts")
-    figure.colorbar(image, ax=top)
-    stages = ("no_seed", "germinated", "training", "blending", "holding")  # one-hot
-    seen = rollout.obs[:, :8, [list(OBSERVATION).index(name) for name in stages]]  # [T, 8, 5]
-    image = bottom.imshow(seen.argmax(-1).T.cpu().numpy(), aspect="auto", cmap="YlOrRd", vmin=0, vmax=4)
-    figure.colorbar(image, ax=bottom, ticks=range(5)).ax.set_yticklabels(stages)
-    bottom.set(xlabel="epoch", ylabel="host", title="stage of the live seed")
-    return figure
-
-
 def log_scalars(writer: SummaryWriter, scalars: dict, step: int) -> None:
     for name, value in scalars.items():
-        if value == value:  # there is one
+        if math.isfinite(value):  # there is one
             writer.add_scalar(name, value, step)
     writer.flush()
 
@@ -450,7 +452,7 @@ def load(path: Path | str, **parts) -> dict:
         return {"counters": state["counters"], "args": state["args"]}
     except Exception as error:
         reason = " ".join(str(error).split()).partition("weights_only")[0]  # without advice to trust a stranger
-        raise InputError(f"{path} does not fit: {type(error).__name__}: {reason[:300]}") from error
+        raise InputError(f"cannot load {path}: {type(error).__name__}: {reason[:300]}") from error
 
 
 # --- train
@@ -460,7 +462,7 @@ signals: list[int] = []  # SIGINT and SIGTERM received so far; read once per upd
 def on_signal(number: int, frame) -> None:
     signals.append(number)
     signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-    print("\nfinishing this update, then saving; once more to end at once", file=sys.stderr)
+    print("\nstopping at the next good moment; once more to end at once", file=sys.stderr)
 
 
 def setup(envs: VectorEnv, args: Args) -> tuple[torch.device, int, int, dict]:
@@ -538,8 +540,8 @@ def train(args: Args) -> dict:
             # --- rollout, advantages
             started = time.perf_counter()
             remaining = 1 - counters["global_step"] / args.total_timesteps if args.anneal_lr else 1.0
-            now = replace(args, learning_rate=args.learning_rate * remaining, ent_coef=args.ent_coef * remaining)
-            optimizer.param_groups[0]["lr"] = now.learning_rate
+            optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
+            now = replace(args, ent_coef=args.ent_coef * remaining)
             rollout, episodes = collect(player, args.num_steps)
             values, values_after = map(agent.return_stats.denormalize, (rollout.value, next_values(agent, rollout)))
             ends = rollout.terminated, rollout.truncated
@@ -577,7 +579,7 @@ def train(args: Args) -> dict:
             counters["recent"] = [*counters["recent"], *totals][-100:]
             counters["train_return_mean"] = fmean(counters["recent"] or [math.nan])
             counters["sps"] = scalars["charts/SPS"] = counters["global_step"] / counters["seconds"]
-            scalars["charts/learning_rate"] = now.learning_rate
+            scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             scalars["charts/episodic_return"] = fmean(totals or [math.nan])
             scalars["charts/episodic_length"] = fmean([episode.length for episode in episodes] or [math.nan])
             scalars["losses/explained_variance"] = 1 - float((returns - values.flatten()).var() / returns.var())
@@ -635,11 +637,12 @@ def main() -> None:
     if received:
         sys.exit(128 + received[0])
     if result:
-        ungrown = f" | test accuracy {result['bare_test_accuracy']:.1%} ungrown" if "test_accuracy" in result else ""
-        ungrown += f", {result['test_accuracy']:.1%} now" if ungrown else ""
-        print(f"first {result.get('first_return_mean')} | now {result['eval_return_mean']}{ungrown}")
-        print(f"watch: tensorboard --logdir {args.runs_dir}")
-        print(f"evaluate: python {sys.argv[0]} --evaluate {result['run_dir']}/checkpoint.pt")
+        bare, grown = result.get("bare_test_accuracy"), result.get("test_accuracy")
+        accuracy = f" | test accuracy {bare:.1%} ungrown, {grown:.1%} now" if grown else ""
+        print(f"first {result.get('first_return_mean')} | now {result['eval_return_mean']}{accuracy}")
+        if not args.evaluate:
+            print(f"watch: tensorboard --logdir {args.runs_dir}")
+            print(f"evaluate: python {sys.argv[0]} --evaluate {result['run_dir']}/checkpoint.pt")
         print(json.dumps(result))
 
 

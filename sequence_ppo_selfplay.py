@@ -100,7 +100,7 @@ class Args:  # the comments are what --help says
     anneal_lr: bool = True  # in the second half, lower the learning rate, and the reference's, linearly to 0
     gamma: float = None  # discount factor
     gae_lambda: float = None  # lambda of generalised advantage estimation
-    num_minibatches: int = 8  # minibatches per epoch; at most games_per_update
+    num_minibatches: int = 8  # minibatches per pass; at most games_per_update
     update_epochs: int = None  # passes over the games of an update
     norm_adv: bool = None  # normalise each update's advantages, which else are in units of the largest payoff
     clip_coef: float = 0.2  # clip range of the probability ratio
@@ -112,7 +112,7 @@ class Args:  # the comments are what --help says
     ref_rate: float = 0.02  # how far the reference's weights move towards the policy's in each update
     vf_coef: float = 0.5  # weight of the value loss; values are in units of the game's largest payoff
     max_grad_norm: float = 5.0  # largest norm of the gradient
-    target_kl: float | None = None  # stop an update after an epoch whose mean approximate KL exceeds this; None = never
+    target_kl: float | None = None  # stop an update after a pass whose mean approximate KL exceeds this; None = never
     recurrent: bool = True  # RECURRENCE: off zeroes the LSTM's state before every decision: the same network, no memory
     hidden_size: int = None  # width of the networks
     bptt_length: int = 0  # decisions through which gradients flow; 0 = the whole game, -1 = as many as fit the memory
@@ -424,8 +424,8 @@ def sequence_loss(
     agent: Agent, data: Decisions, targets: Targets, index: Tensor, state: Tensor, average: float, args: Args
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """PPO's clipped loss (eq. 7, 9) of a chunk of sequences, rows `index` [L, B] of the data, that starts from `state`;
-    metrics; and the state after it. Both are sums over real decisions divided by how many an average minibatch has, so
-    that every decision weighs the same (detail 4)."""
+    metrics; and the state after it. Loss and metrics are sums over real decisions, divided by how many an average
+    minibatch has, so that every decision weighs the same (detail 4)."""
     mask = index >= 0
     real = index[mask]  # [M]
     logprobs, values, state = agent.unroll(data.obs[index], data.unseen[index], state, data.action_mask[index])
@@ -632,7 +632,7 @@ def game_scalars(data: Decisions, targets: Targets) -> dict[str, float]:
 
 def log_scalars(writer: SummaryWriter, scalars: dict, step: int) -> None:
     for name, value in scalars.items():
-        if value == value:  # there is one
+        if math.isfinite(value):  # there is one
             writer.add_scalar(name, value, step)
     writer.flush()
 
@@ -655,7 +655,7 @@ def load(path: Path | str, **parts) -> dict:
         return {"counters": state["counters"], "args": state["args"]}
     except Exception as error:
         reason = " ".join(str(error).split()).partition("weights_only")[0]  # without advice to trust a stranger
-        raise InputError(f"{path} does not fit: {type(error).__name__}: {reason[:300]}") from error
+        raise InputError(f"cannot load {path}: {type(error).__name__}: {reason[:300]}") from error
 
 
 # --- train
@@ -665,7 +665,7 @@ signals: list[int] = []  # SIGINT and SIGTERM received so far; read once per upd
 def on_signal(number: int, frame) -> None:
     signals.append(number)
     signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-    print("\nfinishing this update, then saving; once more to end at once", file=sys.stderr)
+    print("\nstopping at the next good moment; once more to end at once", file=sys.stderr)
 
 
 def setup(args: Args) -> tuple[torch.device, int, int]:
@@ -737,7 +737,7 @@ def train(args: Args) -> dict:
             run_dir, writer = open_run(args, counters["global_step"])
             save(run_dir / "checkpoint.pt", parts, counters, args)
         tty = {} if sys.stderr.isatty() else {"mininterval": 30, "bar_format": "{l_bar}{bar}{r_bar}\n"}
-        bar = tqdm(total=args.total_timesteps, initial=counters["global_step"], disable=rank > 0, unit_scale=1, **tty)
+        bar = tqdm(total=args.total_timesteps, initial=counters["global_step"], unit_scale=1, disable=rank > 0, **tty)
         while counters["global_step"] < args.total_timesteps and not stop:
             # --- games
             started = time.perf_counter()
@@ -799,7 +799,7 @@ def train(args: Args) -> dict:
             scalars["charts/episodic_return"] = counters["train_return_mean"] = fmean(counters["recent"] or [math.nan])
             counters["sps"] = scalars["charts/SPS"] = counters["global_step"] / counters["seconds"]
             scalars["selfplay/games_per_s"] = counters["games"] / counters["seconds"]
-            scalars["charts/learning_rate"] = now.learning_rate
+            scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             scalars["losses/first_ratio_error"] = world * float(log[0]["ratio_error"])
             if scalars["losses/first_ratio_error"] > 1e-3:
                 bar.write("warning: games and update compute different log-probabilities", file=sys.stderr)
@@ -859,8 +859,9 @@ def main() -> None:
             average = result["exploitability_average"]
             lines.append(f"exploitability {result['exploitability']}, of the average {average}, in equilibrium 0")
         print(" | ".join(lines))
-        print(f"watch: tensorboard --logdir {args.runs_dir}")
-        print(f"evaluate: python {sys.argv[0]} --evaluate {result['run_dir']}/checkpoint.pt")
+        if not args.evaluate:
+            print(f"watch: tensorboard --logdir {args.runs_dir}")
+            print(f"evaluate: python {sys.argv[0]} --evaluate {result['run_dir']}/checkpoint.pt")
         print(json.dumps(result))
 
 

@@ -76,14 +76,14 @@ class Args:  # the comments are what --help says
     anneal_lr: bool = True  # lower the learning rate linearly to 0
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
-    num_minibatches: int = 4  # minibatches per epoch; at most num_envs
+    num_minibatches: int = 4  # minibatches per pass; at most num_envs
     update_epochs: int = 4  # passes over each rollout; with one, one minibatch and no planning, the gradient is A2C's
     norm_adv: bool = True  # normalise the advantages of each rollout
     clip_coef: float = 0.2  # clip range of the probability ratio
     ent_coef: float = 0.01  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss; values are in units of the returns' standard deviation
     max_grad_norm: float = 0.5  # largest norm of the gradient
-    target_kl: float | None = None  # stop an update after an epoch whose mean approximate KL exceeds this; None = never
+    target_kl: float | None = None  # stop an update after a pass whose mean approximate KL exceeds this; None = never
     stage: Literal["vision", "memory", "all"] = "all"  # WORLD MODEL: what learns; each takes the checkpoint before it
     quantize: bool = True  # latents of images are codes; those of vectors never are
     vision_coef: float = 1.0  # weight of the reconstruction and commitment losses
@@ -95,9 +95,9 @@ class Args:  # the comments are what --help says
     planning_horizon: int = 8  # steps to imagine, at the end of which the value stands for the rest
     planning_hold: int = 3  # steps for which a candidate action is held, before the policy goes on
     planning_samples: int = 32  # actions to try where they are continuous; of discrete ones, all are tried
-    planning_beta: float = 5.0  # how far Q moves the logits, times the slope of what came on what plans had foretold
+    planning_beta: float = 5.0  # factor of Q in the logits, times the slope of a fit of what came to what was planned
     model_steps: int = 256  # steps of the model alone after each update, with planning, on the last 100 rollouts
-    distill_coef: float = 1.0  # weight, times what plans add to logits (at most 1), of drawing the policy after them
+    distill_coef: float = 1.0  # weight of drawing the policy towards plans, times what they add to logits (at most 1)
 
 
 class InputError(Exception):
@@ -124,12 +124,12 @@ def check(args: Args) -> gym.Env:
             assert len(shape) == 1 or shape[0] % 16 == shape[1] % 16 == 0, f"sides must be multiples of 16: {shape}"
             return env
     except Exception as error:
-        raise InputError(f"{args.env_id}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise InputError(f"{args.env_id}: {' '.join(str(error).split())}") from error
 
 
 # --- environment
 def make_env(args: Args, video_dir: str | Path | None = None) -> gym.Env:
-    if multiprocessing.current_process().name.startswith("Worker<"):  # leaves Ctrl-C to the main process
+    if multiprocessing.current_process().name.startswith("Worker<"):  # AsyncVectorEnv's leave Ctrl-C to the main one
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     env = gym.make(args.env_id, **({"render_mode": "rgb_array"} if video_dir else {}), **json.loads(args.env_kwargs))
@@ -165,7 +165,7 @@ def all_mean(x: Tensor) -> Tensor:
 
 
 class RunningMeanStd(nn.Module):
-    """Of all batches so far, of all processes (Chan et al. 1979). Beyond `memory` samples, older ones fade."""
+    """Mean and deviation of all processes' batches (Chan et al. 1979). Beyond `memory` samples, older ones fade."""
 
     def __init__(self, shape: tuple[int, ...], memory: float = math.inf):
         super().__init__()
@@ -246,7 +246,7 @@ class Vision(nn.Module):
             self.decoder = nn.Sequential(nn.Linear(self.size, 64), nn.ReLU(), nn.Linear(64, shape[0]))
 
     def normalize(self, obs: Tensor) -> Tensor:
-        """What is encoded, and what the decoder gives: images [..., C, height, width] in [-0.5, 0.5], or vectors."""
+        """What is encoded, and what the decoder gives: images [..., channels, height, width], ±0.5, or vectors."""
         if self.image:
             return obs.movedim(-1, -3).float() / 255 - 0.5
         return self.obs_stats.normalize(obs).clamp(-10, 10)
@@ -286,7 +286,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def project(self, x: Tensor, turned: Tensor) -> tuple[Tensor, Tensor]:
-        """x [B, L, W] -> queries [B, L, heads, E]; keys and values [B, L, 2, heads, E]. Queries and keys are turned."""
+        """x [B, L, W] -> queries [B, L, heads, size], keys and values [B, L, 2, heads, size]. Values are not turned."""
         *both, value = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).unbind(-3)
         (cos, sin), (a, b) = turned, torch.stack(both).chunk(2, -1)
         query, key = torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
@@ -294,7 +294,7 @@ class Block(nn.Module):
 
     def attend(self, x: Tensor, query: Tensor, seen: Tensor, mask: Tensor) -> Tensor:
         """Tokens x [B, L, W] with their queries, over S keys and values; mask [B, L, S] is true where one may look."""
-        key, value = seen.transpose(1, 3).unbind(2)  # each [B, heads, S, E]
+        key, value = seen.transpose(1, 3).unbind(2)  # each [B, heads, S, size]
         found = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, mask.unsqueeze(1))
         x = x + self.out(found.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm_2(x))
@@ -303,7 +303,7 @@ class Block(nn.Module):
 class Cache(NamedTuple):
     """Keys and values of the last `context` - 1 tokens. What is older than the episode is ignored."""
 
-    seen: tuple[Tensor, ...]  # of each layer [B, context - 1, 2, heads, E], newest last
+    seen: tuple[Tensor, ...]  # of each layer [B, context - 1, 2, heads, size], newest last
     age: Tensor  # [B] steps since the episode's start, of the next token
 
     def rows(self, chosen: Tensor) -> "Cache":
@@ -346,7 +346,7 @@ class Memory(nn.Module):
         turned, seen = rotation(cache.age[:, None], self.head_size, x.dtype), []
         for block, before in zip(self.blocks, cache.seen, strict=True):
             query, own = block.project(x, turned)
-            both = torch.cat((before, own), 1)  # [B, context, 2, heads, E]
+            both = torch.cat((before, own), 1)  # [B, context, 2, heads, size]
             seen.append(both[:, 1:])
             x = block.attend(x, query, both, mask)
         return self.norm(x)[:, 0], Cache(tuple(seen), cache.age + 1)
@@ -699,7 +699,7 @@ def memory_loss(agent: Agent, batch: Rollout, seen: Seen) -> Tensor:
 
 
 def descend(loss: Tensor, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-    """A step down the gradient, its mean over processes, clipped; gives its norm, or raises if it is not finite."""
+    """A step down the gradient, its mean over processes, clipped; gives its norm, or raises if that is not finite."""
     optimizer.zero_grad()
     loss.backward()
     weights = [w for group in optimizer.param_groups for w in group["params"] if w.grad is not None]  # the others stay
@@ -712,13 +712,13 @@ def descend(loss: Tensor, optimizer: torch.optim.Optimizer, max_norm: float) -> 
 
 # --- dreams
 class Dream(NamedTuple):
-    """What came in the K steps after each of M starts, and what the model imagined."""
+    """What came in the H steps after each of M starts, and what the model imagined."""
 
-    obs: Tensor  # [M, K, *shape]
-    actual: Tensor  # [M, K, Z] its latents
-    imagined: Tensor  # [M, K, Z]
+    obs: Tensor  # [M, H, *shape]
+    actual: Tensor  # [M, H, Z] its latents
+    imagined: Tensor  # [M, H, Z]
     start: Tensor  # [M, Z] latents at the start
-    mask: Tensor  # [M, K] bool: still in the episode of the start
+    mask: Tensor  # [M, H] bool: still in the episode of the start
 
 
 @torch.no_grad()
@@ -743,7 +743,7 @@ def dream(agent: Agent, rollout: Rollout, starts: Sequence[int], steps: int = 20
 
 
 def forecast_skill(dreams: Dream) -> Tensor:
-    """By steps ahead [K]: 1 - MSE of imagined latents / MSE of "nothing changes". NaN means no data."""
+    """By steps ahead [H]: 1 - MSE of imagined latents / MSE of "nothing changes". NaN means no data."""
     guesses = dreams.imagined, dreams.start[:, None]
     error, persistence = (((x - dreams.actual).square().mean(-1) * dreams.mask).sum(0) for x in guesses)
     return torch.where(persistence > 0, 1 - error / persistence, torch.nan)
@@ -758,13 +758,13 @@ def dream_figure(agent: Agent, rollout: Rollout, starts: Sequence[int]) -> Figur
     figure = Figure(figsize=(10, 8), layout="constrained")
     if agent.vision.image:
         longest = dreams.mask.sum(1).argmax()  # within an episode
-        grid = torch.stack([view[longest, ::3] for view in views]).permute(0, 3, 1, 4, 2)  # [3, height, 7, width, C]
+        grid = torch.stack([view[longest, ::3] for view in views]).permute(0, 3, 1, 4, 2)  # [3, height, 7, width, *]
         grid = (grid.flatten(2, 3).flatten(0, 1) + 0.5).clamp(0, 1).cpu().numpy()
         axis = figure.subplots()
         axis.imshow(grid if grid.shape[-1] == 3 else grid[..., -1], cmap="gray")
         axis.set(xticks=[], yticks=[], title="1, 4, … 19 steps ahead: what came, its reconstruction, what was imagined")
         return figure
-    came, _, imagined = (x.where(dreams.mask[..., None], torch.nan).cpu() for x in views)  # [5, K, D]
+    came, _, imagined = (x.where(dreams.mask[..., None], torch.nan).cpu() for x in views)  # [5, H, entries]
     names = entry_names(agent.obs_space)
     for i, axis in enumerate(figure.subplots(min(4, len(names)), squeeze=False)[:, 0]):
         for k in range(len(starts)):
@@ -817,7 +817,7 @@ def assess(agent: Agent, args: Args, video_dir: Path) -> tuple[dict, Figure]:
 
 def log_scalars(writer: SummaryWriter, scalars: dict, step: int) -> None:
     for name, value in scalars.items():
-        if value == value:  # there is one
+        if math.isfinite(value):  # there is one
             writer.add_scalar(name, value, step)
     writer.flush()
 
@@ -840,7 +840,7 @@ def load(path: Path | str, **parts) -> dict:
         return {"counters": state["counters"], "args": state["args"]}
     except Exception as error:
         reason = " ".join(str(error).split()).partition("weights_only")[0]  # without advice to trust a stranger
-        raise InputError(f"{path} does not fit: {type(error).__name__}: {reason[:300]}") from error
+        raise InputError(f"cannot load {path}: {type(error).__name__}: {reason[:300]}") from error
 
 
 # --- train
@@ -850,7 +850,7 @@ signals: list[int] = []  # SIGINT and SIGTERM received so far; read once per upd
 def on_signal(number: int, frame) -> None:
     signals.append(number)
     signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-    print("\nfinishing this update, then saving; once more to end at once", file=sys.stderr)
+    print("\nstopping at the next good moment; once more to end at once", file=sys.stderr)
 
 
 def setup(env: gym.Env, args: Args) -> tuple[torch.device, int, int, dict]:
@@ -922,9 +922,9 @@ def train(args: Args) -> dict:
     bar = tqdm(total=args.total_timesteps, initial=counters["global_step"], unit_scale=True, disable=rank > 0, **tty)
     seed = args.seed + rank * args.num_envs + counters["global_step"]  # resumed, environments start new episodes
     rng, prefix, rollout = torch.Generator(device).manual_seed(seed), agent.memory.prefix, None
-    batch_size, stop, past = world * args.num_envs * args.num_steps, False, deque(maxlen=100)  # past rollouts
-    envs = make_envs(args, args.num_envs)
-    planning = args.planning and args.stage == "all"
+    batch_size, stop = world * args.num_envs * args.num_steps, False
+    envs, planning = make_envs(args, args.num_envs), args.planning and args.stage == "all"
+    past = deque(maxlen=100 if planning and args.model_steps else 0)  # rollouts
     player = play(envs, agent, args, seed, plans=planning)
     try:
         while counters["global_step"] < args.total_timesteps and not stop:
@@ -956,7 +956,7 @@ def train(args: Args) -> dict:
                 kl = torch.stack([metrics["approx_kl"] for metrics in log[-args.num_minibatches :]]).mean()
                 if args.target_kl and all_mean(kl) > args.target_kl:
                     break
-            past += [rollout] * bool(planning and args.model_steps)
+            past.append(rollout)
             for step in range(args.model_steps if planning and agent.updates else 0):  # of the model alone
                 if step % 8 == 0:  # a draw, which takes longer than a step, serves for eight
                     drawn = past[int(torch.randint(len(past), (), generator=rng, device=device))]
@@ -981,7 +981,7 @@ def train(args: Args) -> dict:
             counters["recent"] = [*counters["recent"], *totals][-100:]
             counters["train_return_mean"] = fmean(counters["recent"] or [math.nan])
             counters["sps"] = scalars["charts/SPS"] = counters["global_step"] / counters["seconds"]
-            scalars["charts/learning_rate"] = args.learning_rate * remaining
+            scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             scalars["charts/episodic_return"] = fmean(totals or [math.nan])
             scalars["charts/episodic_length"] = fmean([episode.length for episode in episodes] or [math.nan])
             scalars["losses/explained_variance"] = 1 - float((returns - values).var() / returns.var())
@@ -1043,8 +1043,9 @@ def main() -> None:
         sys.exit(128 + received[0])
     if result:
         print(f"first {result.get('first_return_mean')} | now {result['eval_return_mean']} | solved {result['solved']}")
-        print(f"watch: tensorboard --logdir {args.runs_dir}")
-        print(f"evaluate: python {sys.argv[0]} --evaluate {result['run_dir']}/checkpoint.pt")
+        if not args.evaluate:
+            print(f"watch: tensorboard --logdir {args.runs_dir}")
+            print(f"evaluate: python {sys.argv[0]} --evaluate {result['run_dir']}/checkpoint.pt")
         print(json.dumps(result))
 
 

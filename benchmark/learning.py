@@ -6,7 +6,7 @@
     python benchmark/learning.py flycraft        # 75 minutes; needs requirements-envs.txt
     python benchmark/learning.py kuhn            # 9 minutes
     python benchmark/learning.py leduc           # 9 minutes
-    python benchmark/learning.py leduc_long      # 30 minutes
+    python benchmark/learning.py leduc_long      # 36 minutes
     python benchmark/learning.py liars_dice      # 20 minutes
     python benchmark/learning.py leduc_ablation  # 45 minutes
     python benchmark/learning.py phantom_go      # 40 minutes

@@ -329,7 +329,7 @@ def test_other_checkpoints_are_refused_by_what_does_not_fit(script, finished, tm
     foreign = (tmp_path / "foreign.pt").read_bytes()
     for content in (b"", whole[:1000], foreign, b"import os", pickle.dumps({"agent": 1})):  # empty, half, foreign
         path.write_bytes(content)
-        with pytest.raises(script.InputError, match="does not fit") as error:
+        with pytest.raises(script.InputError, match="cannot load") as error:
             script.train(args)
         assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
 
@@ -355,7 +355,7 @@ def test_a_checkpoint_runs_no_code(script, tmp_path):
     torch.save({"args": Attack()}, tmp_path / "a.pt")
     (tmp_path / "b.pt").write_bytes(pickle.dumps(Attack()))
     for name in ("a.pt", "b.pt"):
-        with pytest.raises(script.InputError, match="does not fit") as error:
+        with pytest.raises(script.InputError, match="cannot load") as error:
             script.load(tmp_path / name)
         assert "weights_only" not in str(error.value)
     assert not (tmp_path / "owned").exists()
