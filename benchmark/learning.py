@@ -7,8 +7,9 @@
     python benchmark/learning.py kuhn            # 9 minutes
     python benchmark/learning.py leduc           # 9 minutes
     python benchmark/learning.py leduc_long      # 36 minutes
-    python benchmark/learning.py liars_dice      # 20 minutes
+    python benchmark/learning.py liars_dice      # 36 minutes
     python benchmark/learning.py leduc_ablation  # 45 minutes
+    python benchmark/learning.py clipping        # 12 minutes
     python benchmark/learning.py phantom_go      # 40 minutes
     python benchmark/learning.py pause           # 20 minutes
     python benchmark/learning.py worldmodel      # two hours
@@ -115,6 +116,12 @@ TASKS = {  # task: (seeds, title, {label: command}), and what is plotted if not 
             "no memory": f"{SELFPLAY} --no-recurrent",
         },
         [EXPLOITABILITY, AVERAGE],
+    ),
+    "clipping": (
+        range(31, 32),
+        "Leduc poker: clipping the gradient's norm",
+        {f"at {norm}": f"{SELFPLAY} --max-grad-norm {norm}" for norm in (1, 5, 10, 1000)},
+        [EXPLOITABILITY],
     ),
     "phantom_go": (
         range(1, 4),
