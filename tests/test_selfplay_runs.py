@@ -216,7 +216,8 @@ def test_evaluate_and_init_from(selfplay, selfplay_path, tmp_path, monkeypatch):
     checkpoint = f"{first['run_dir']}/checkpoint.pt"
     result = run(selfplay_path, "--evaluate", checkpoint)
     assert result.returncode == 0, result.stderr
-    again = json.loads(result.stdout.splitlines()[-1])
+    _, last = result.stdout.splitlines()
+    again = json.loads(last)
     assert {name: x for name, x in again.items() if name != "best"} == {n: first[n] for n in again if n != "best"}
     monkeypatch.setattr(selfplay, "descend", lambda *args: {"ratio_error": torch.zeros(()), "padding": torch.zeros(()),
                         "bptt_length": torch.zeros(()), "approx_kl": torch.zeros(())})  # fmt: skip

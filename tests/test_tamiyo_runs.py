@@ -147,7 +147,8 @@ def test_from_the_shell(tamiyo, tamiyo_path, tmp_path):
     first = toy_run(tamiyo, tmp_path, total_timesteps=64)
     result = run_from_shell(tamiyo_path, "--evaluate", checkpoint_of(first))
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout.splitlines()[-1])["eval_return_mean"] == pytest.approx(first["eval_return_mean"])
+    _, last = result.stdout.splitlines()
+    assert json.loads(last)["eval_return_mean"] == pytest.approx(first["eval_return_mean"])
 
 
 def test_05_termination_and_truncation_reach_the_advantages(tamiyo, tmp_path, monkeypatch):

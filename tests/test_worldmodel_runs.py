@@ -198,7 +198,8 @@ def test_evaluate_a_checkpoint(worldmodel, worldmodel_path, tmp_path, pictures):
         assert image.size == (1000, 800)
     result = run(worldmodel_path, "--evaluate", checkpoint_of(first))
     assert result.returncode == 0, result.stderr
-    again = json.loads(result.stdout.splitlines()[-1])
+    _, last = result.stdout.splitlines()
+    again = json.loads(last)
     assert again["eval_return_mean"] == pytest.approx(first["eval_return_mean"])
 
 
