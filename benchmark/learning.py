@@ -7,7 +7,7 @@
     python benchmark/learning.py kuhn            # 9 minutes
     python benchmark/learning.py leduc           # 9 minutes
     python benchmark/learning.py leduc_long      # 36 minutes
-    python benchmark/learning.py liars_dice      # 36 minutes
+    python benchmark/learning.py liars_dice      # 28 minutes
     python benchmark/learning.py leduc_ablation  # 45 minutes
     python benchmark/learning.py clipping        # 12 minutes
     python benchmark/learning.py phantom_go      # 40 minutes
