@@ -1,6 +1,6 @@
 """Imitates poke-env's heuristic player on Pokémon Showdown, for `--init-from` of sequence_ppo_selfplay.py.
 
-    python benchmark/selfplay_imitation.py runs/imitation    # 15 minutes on two idle cores
+    python benchmark/selfplay_imitation.py runs/imitation    # 4 minutes on two idle cores
     python sequence_ppo_selfplay.py --env-id gen9randombattle --init-from runs/imitation/checkpoint.pt --ref-kl-coef 0.1
 
 In `--battles` of the heuristic player against itself, the policy is fitted to what both chose (cross-entropy), and the

@@ -3,7 +3,7 @@ opponents, and from an imitation of it (selfplay_imitation.py), towards whose mo
 plays 1,000 battles of the final weights, and of the imitation, against each of poke-env's players, and of the first
 two against each other, with sampled and with the likeliest actions.
 
-    python benchmark/selfplay_showdown.py                   # four hours on two idle cores
+    python benchmark/selfplay_showdown.py                   # two and a half hours on two idle cores
     python benchmark/selfplay_showdown.py --labels LSTM     # a part of it
 
 Whatever stops it, the same command goes on: runs are kept in benchmark/runs/showdown, and battles of theirs that are in
