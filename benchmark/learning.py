@@ -9,7 +9,7 @@
     python benchmark/learning.py leduc_long      # 36 minutes
     python benchmark/learning.py liars_dice      # 28 minutes
     python benchmark/learning.py leduc_ablation  # 45 minutes
-    python benchmark/learning.py clipping        # 12 minutes
+    python benchmark/learning.py clipping        # 10 minutes
     python benchmark/learning.py phantom_go      # 40 minutes
     python benchmark/learning.py pause           # 20 minutes
     python benchmark/learning.py worldmodel      # two hours
