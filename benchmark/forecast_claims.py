@@ -7,7 +7,7 @@
     python benchmark/forecast_claims.py drift --table   # of the jobs that are there
     python benchmark/forecast_claims.py drift --smoke   # under a minute: tiny runs into a temporary folder
 
-Minutes on two idle cores, estimated from short runs: joint 55, drift 15, warning 10 (after drift), transfer 45.
+Minutes on two cores: drift 13; estimated from short runs: joint 55, warning 10 (after drift), transfer 45.
 A job writes its rows to benchmark/results/forecast_{claim}.csv when it ends; the same command does what is missing, and
 prints a table: means over seeds ± half of the 95% interval (Student's t), in brackets the differences from the claim's
 base, paired by seed. Rows with other settings than today's count for nothing. Columns: task, label, seed, the measures
