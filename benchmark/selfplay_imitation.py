@@ -11,7 +11,6 @@ epoch: cross-entropy, and how often the likeliest action is the heuristic's, in 
 
 import copy
 import sys
-import time
 from contextlib import closing
 from pathlib import Path
 
@@ -26,6 +25,7 @@ import sequence_ppo_selfplay as selfplay
 
 MINIBATCH = 64  # sequences
 LEARNING_RATE = 1e-3  # at the start; falls linearly to 0
+EPOCHS = 12
 
 
 def demonstrations(games, net: selfplay.Net, name: str, battles: int) -> selfplay.Decisions:
@@ -91,20 +91,18 @@ def main() -> None:
     parser = records.parser(__doc__)
     parser.add_argument("folder", type=Path, help="where to put checkpoint.pt")
     parser.add_argument("--battles", type=int, default=2000)
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--no-recurrent", action="store_true", help="without memory")
     options = parser.parse_args()
     path = records.RESULTS / "showdown_imitation.csv"
     records.refuse(parser, options, path)
-    args = selfplay.Args(env_id="gen9randombattle", num_envs=50, gae_lambda=1.0, recurrent=not options.no_recurrent)
-    device, started = selfplay.setup(selfplay.Args(cuda=False))[0], time.perf_counter()
-    torch.manual_seed(args.seed)
-    with closing(selfplay.make_games(args, args.seed)) as games:
-        agent = selfplay.Agent(games, args).to(device)
-        data = demonstrations(games, agent.policy, "heuristic", options.battles)
-    print(f"{options.battles} battles in {time.perf_counter() - started:.0f} s", file=sys.stderr)
-    rows = [row | records.circumstances() for row in fit(agent, data, args, options.epochs)]
     options.folder.mkdir(parents=True, exist_ok=True)
+    args = selfplay.Args(env_id="gen9randombattle", num_envs=50, gae_lambda=1.0)
+    torch.set_num_threads(args.torch_threads)
+    torch.manual_seed(args.seed)
+    print(f"playing {options.battles} battles", file=sys.stderr)
+    with closing(selfplay.make_games(args, args.seed)) as games:
+        agent = selfplay.Agent(games, args)
+        data = demonstrations(games, agent.policy, "heuristic", options.battles)
+    rows = [row | records.circumstances() for row in fit(agent, data, args, EPOCHS)]
     parts = {"agent": agent, "reference": selfplay.frozen(agent.policy)}
     counters = {"global_step": len(data.action), "games": options.battles}
     selfplay.save(options.folder / "checkpoint.pt", parts, counters, args)

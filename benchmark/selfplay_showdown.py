@@ -1,5 +1,5 @@
 """Pokémon Showdown: trains with the defaults, with and without memory, with poke-env's heuristic player among the
-opponents, and from an imitation of it (selfplay_imitation.py), towards whose moving average the loss then pulls. Then
+opponents, and from an imitation of it (selfplay_imitation.py), where the reference policy then starts, too. Then it
 plays 1,000 battles of the final weights, and of the imitation, against each of poke-env's players, and of the first
 two against each other, with sampled and with the likeliest actions.
 
